@@ -1,0 +1,387 @@
+//! The wire messages, all JSON. Decoding validates: a value of these types is right.
+//!
+//! Unknown fields are ignored, so that a newer peer may say more. The payloads of version 1 are
+//! frozen in `payloads/v1`, and are read for ever.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+
+use serde::{Deserialize, Serialize};
+
+use crate::slot::Slot;
+use crate::{THRESHOLD, subjects};
+
+/// Why a payload is not the message it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// Not JSON, or not of the message's form, or its values do not fit each other.
+    #[error("not a valid message: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A number of the other parity, or out of range.
+    #[error("{number} is not an {parity} number from {} to {}", .parity.range().start(), .parity.range().end())]
+    WrongNumber {
+        /// What was asked for.
+        parity: Parity,
+        /// What came.
+        number: u64,
+    },
+}
+
+/// Which of the two kinds of number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Parity {
+    /// 0, 2, … 1000.
+    Even,
+    /// 1, 3, … 999.
+    Odd,
+}
+
+impl Parity {
+    /// The name of the service that answers, and of its queue group.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Even => "even",
+            Self::Odd => "odd",
+        }
+    }
+
+    /// The subject that answers with such a number.
+    #[must_use]
+    pub const fn subject(self) -> &'static str {
+        match self {
+            Self::Even => subjects::EVEN,
+            Self::Odd => subjects::ODD,
+        }
+    }
+
+    /// The smallest and the greatest number of this parity.
+    #[must_use]
+    pub const fn range(self) -> RangeInclusive<u16> {
+        match self {
+            Self::Even => 0..=1000,
+            Self::Odd => 1..=999,
+        }
+    }
+
+    /// All numbers of this parity, ascending.
+    pub fn numbers(self) -> impl ExactSizeIterator<Item = u16> + Clone {
+        self.range().step_by(2)
+    }
+
+    /// The number, if it is of this parity and in range.
+    ///
+    /// # Errors
+    /// [`DecodeError::WrongNumber`] if it is not.
+    pub fn check(self, number: u64) -> Result<u16, DecodeError> {
+        u16::try_from(number)
+            .ok()
+            .filter(|n| self.range().contains(n) && n % 2 == self.range().start() % 2)
+            .ok_or(DecodeError::WrongNumber {
+                parity: self,
+                number,
+            })
+    }
+
+    /// The payload of a reply with this number.
+    #[must_use]
+    pub fn encode_reply(number: u16) -> Vec<u8> {
+        format!(r#"{{"number":{number}}}"#).into_bytes()
+    }
+
+    /// The number that a reply holds.
+    ///
+    /// # Errors
+    /// [`DecodeError`] if it is no reply, or none to this question.
+    pub fn decode_reply(self, payload: &[u8]) -> Result<u16, DecodeError> {
+        #[derive(Deserialize)]
+        struct Reply {
+            number: u64,
+        }
+        let reply: Reply = serde_json::from_slice(payload)?;
+        self.check(reply.number)
+    }
+}
+
+impl fmt::Display for Parity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// An even and an odd number and their product: the message on `numbers.published`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "ProductFields", into = "ProductFields")]
+pub struct Product {
+    even: u16,
+    odd: u16,
+}
+
+/// How a [`Product`] is written. The order of the fields is that of the payload.
+#[derive(Serialize, Deserialize)]
+struct ProductFields {
+    number: u64,
+    even: u64,
+    odd: u64,
+}
+
+impl Product {
+    /// The product of two numbers.
+    ///
+    /// # Errors
+    /// [`DecodeError::WrongNumber`] if one is not of its parity or not in its range.
+    pub fn new(even: u64, odd: u64) -> Result<Self, DecodeError> {
+        Ok(Self {
+            even: Parity::Even.check(even)?,
+            odd: Parity::Odd.check(odd)?,
+        })
+    }
+
+    /// The even factor.
+    #[must_use]
+    pub fn even(self) -> u16 {
+        self.even
+    }
+
+    /// The odd factor.
+    #[must_use]
+    pub fn odd(self) -> u16 {
+        self.odd
+    }
+
+    /// The product, at most 999 000.
+    #[must_use]
+    pub fn number(self) -> u32 {
+        u32::from(self.even) * u32::from(self.odd)
+    }
+
+    /// Whether it is to be published.
+    #[must_use]
+    pub fn is_above_threshold(self) -> bool {
+        self.number() > THRESHOLD
+    }
+
+    /// The payload on `numbers.published`.
+    #[must_use]
+    pub fn encode(self) -> Vec<u8> {
+        encode(&self)
+    }
+
+    /// The product that a payload holds.
+    ///
+    /// # Errors
+    /// [`DecodeError`] if it holds none: other JSON, a wrong product, a factor out of range.
+    pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
+        Ok(serde_json::from_slice(payload)?)
+    }
+}
+
+impl From<Product> for ProductFields {
+    fn from(product: Product) -> Self {
+        Self {
+            number: product.number().into(),
+            even: product.even.into(),
+            odd: product.odd.into(),
+        }
+    }
+}
+
+impl TryFrom<ProductFields> for Product {
+    type Error = String;
+
+    fn try_from(fields: ProductFields) -> Result<Self, Self::Error> {
+        let product = Self::new(fields.even, fields.odd).map_err(|e| e.to_string())?;
+        if u64::from(product.number()) == fields.number {
+            Ok(product)
+        } else {
+            Err(format!(
+                "{} x {} is {}, not {}",
+                product.even,
+                product.odd,
+                product.number(),
+                fields.number
+            ))
+        }
+    }
+}
+
+/// Who wants a slot: the body of a claim on `ticks.claim` and of a bid on `ticks.taking`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// The slot that is wanted.
+    pub slot: Slot,
+    /// The service id of the multiplier that wants it.
+    pub multiplier: String,
+}
+
+impl Claim {
+    /// The payload.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    /// The claim that a payload holds.
+    ///
+    /// # Errors
+    /// [`DecodeError::Json`] if it holds none.
+    pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
+        Ok(serde_json::from_slice(payload)?)
+    }
+}
+
+/// What came of a tick.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The product is in the history.
+    Published,
+    /// The product is due and waits in the outbox: the history did not acknowledge it yet.
+    Pending,
+    /// The history holds a product for this slot already, and keeps that one.
+    Duplicate,
+    /// The product is not greater than the threshold.
+    BelowThreshold,
+    /// No generator gave an even number in time.
+    NoEven,
+    /// No generator gave an odd number in time.
+    NoOdd,
+    /// Neither number was there in time.
+    NoNumbers,
+    /// A later version's outcome.
+    #[serde(other)]
+    Unknown,
+}
+
+/// The record of one tick, on `ticks.done`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TickDone {
+    /// The slot that was ticked.
+    pub slot: Slot,
+    /// The service id of the multiplier that did it.
+    pub multiplier: String,
+    /// The even number, if one came.
+    pub even: Option<u16>,
+    /// The odd number, if one came.
+    pub odd: Option<u16>,
+    /// Their product, if both came.
+    pub product: Option<u32>,
+    /// What came of it.
+    pub outcome: Outcome,
+}
+
+impl TickDone {
+    /// The payload.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    /// The record that a payload holds.
+    ///
+    /// # Errors
+    /// [`DecodeError::Json`] if it holds none.
+    pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
+        Ok(serde_json::from_slice(payload)?)
+    }
+}
+
+/// These types hold integers, strings and options of them: writing them cannot fail.
+#[allow(clippy::expect_used)]
+fn encode(message: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(message).expect("a message without maps always serialises")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_product_survives_the_wire(even in 0..=500u64, odd in 0..500u64) {
+            let product = Product::new(even * 2, odd * 2 + 1).unwrap();
+            prop_assert_eq!(u64::from(product.number()), even * 2 * (odd * 2 + 1));
+            prop_assert_eq!(Product::decode(&product.encode()).unwrap(), product);
+        }
+
+        #[test]
+        fn only_true_products_decode(number: u64, even in 0..1100u64, odd in 0..1100u64) {
+            let right = even % 2 == 0 && even <= 1000 && odd % 2 == 1 && odd <= 999;
+            let decode = |number| {
+                Product::decode(format!(r#"{{"number":{number},"even":{even},"odd":{odd}}}"#).as_bytes())
+            };
+            prop_assert_eq!(decode(even * odd).is_ok(), right);
+            prop_assert_eq!(decode(number).is_ok(), right && number == even * odd);
+        }
+
+        #[test]
+        fn a_reply_decodes_for_its_parity_alone(number: u64) {
+            for number in [number, number % 1100] {
+                let payload = format!(r#"{{"number":{number}}}"#);
+                let even = Parity::Even.decode_reply(payload.as_bytes());
+                let odd = Parity::Odd.decode_reply(payload.as_bytes());
+                prop_assert_eq!(even.is_ok(), number % 2 == 0 && number <= 1000);
+                prop_assert_eq!(odd.is_ok(), number % 2 == 1 && number <= 999);
+            }
+        }
+
+        #[test]
+        fn noise_is_an_error_and_never_a_panic(noise: Vec<u8>) {
+            let _ = Product::decode(&noise);
+            let _ = Claim::decode(&noise);
+            let _ = TickDone::decode(&noise);
+            let _ = Parity::Even.decode_reply(&noise);
+        }
+    }
+
+    #[test]
+    fn writes_the_payload_as_documented() {
+        let product = Product::new(846, 511).unwrap();
+        assert_eq!(
+            product.encode(),
+            br#"{"number":432306,"even":846,"odd":511}"#
+        );
+        assert_eq!(Parity::encode_reply(846), br#"{"number":846}"#);
+    }
+
+    #[test]
+    fn the_threshold_itself_is_not_published() {
+        let at = Product::new(160, 625).unwrap();
+        assert_eq!(at.number(), THRESHOLD);
+        assert!(!at.is_above_threshold());
+        assert!(Product::new(162, 625).unwrap().is_above_threshold());
+    }
+
+    #[test]
+    fn errors_say_what_is_wrong() {
+        let wrong = Product::decode(br#"{"number":7,"even":2,"odd":3}"#).unwrap_err();
+        assert!(wrong.to_string().contains("2 x 3 is 6, not 7"), "{wrong}");
+        let odd = Parity::Even.check(7).unwrap_err();
+        assert_eq!(odd.to_string(), "7 is not an even number from 0 to 1000");
+    }
+
+    /// Every payload that a released version has written is read for ever.
+    #[test]
+    fn version_1_is_still_read() {
+        let product = Product::decode(include_bytes!("../payloads/v1/published.json")).unwrap();
+        assert_eq!((product.even(), product.odd()), (846, 511));
+        let reply = include_bytes!("../payloads/v1/reply.json");
+        assert_eq!(Parity::Even.decode_reply(reply).unwrap(), 846);
+        let claim = Claim::decode(include_bytes!("../payloads/v1/claim.json")).unwrap();
+        assert_eq!(claim.slot, Slot(3_590_000_000));
+        let done = TickDone::decode(include_bytes!("../payloads/v1/done.json")).unwrap();
+        assert_eq!(done.outcome, Outcome::Published);
+        assert_eq!(done.product, Some(432_306));
+        let none = TickDone::decode(include_bytes!("../payloads/v1/done-no-odd.json")).unwrap();
+        assert_eq!((none.outcome, none.product), (Outcome::NoOdd, None));
+    }
+
+    #[test]
+    fn a_newer_peer_may_say_more() {
+        let more = br#"{"number":6,"even":2,"odd":3,"colour":"red"}"#;
+        assert!(Product::decode(more).is_ok());
+        let outcome = br#"{"slot":1,"multiplier":"a","outcome":"brand_new"}"#;
+        assert_eq!(TickDone::decode(outcome).unwrap().outcome, Outcome::Unknown);
+    }
+}

@@ -1,0 +1,102 @@
+//! Slots: the numbered stretches of Unix time in each of which one tick is due.
+
+use std::fmt;
+use std::num::NonZeroU64;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// The number of a slot: Unix time divided by the [`SlotLength`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Slot(pub u64);
+
+impl Slot {
+    /// The slot after this one.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for Slot {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        s.parse().map(Self)
+    }
+}
+
+/// How long a slot is: 500 ms, but for tests that cannot wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotLength(NonZeroU64);
+
+impl SlotLength {
+    /// The length that every deployment uses.
+    pub const DEFAULT_MS: u64 = 500;
+
+    /// A slot of `ms` milliseconds; `None` if that is zero.
+    #[must_use]
+    pub fn from_ms(ms: u64) -> Option<Self> {
+        NonZeroU64::new(ms).map(Self)
+    }
+
+    /// The length as a duration.
+    #[must_use]
+    pub fn duration(self) -> Duration {
+        Duration::from_millis(self.0.get())
+    }
+
+    /// The slot that holds the given time since the Unix epoch.
+    #[must_use]
+    pub fn slot_at(self, since_epoch: Duration) -> Slot {
+        let ms = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
+        Slot(ms / self.0)
+    }
+
+    /// When a slot begins, since the Unix epoch; saturates in the far future.
+    #[must_use]
+    pub fn start_of(self, slot: Slot) -> Duration {
+        Duration::from_millis(slot.0.saturating_mul(self.0.get()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_time_lies_within_its_slot(ms in 0..u64::MAX / 4, length in 1..100_000u64) {
+            let length = SlotLength::from_ms(length).unwrap();
+            let at = Duration::from_millis(ms);
+            let slot = length.slot_at(at);
+            prop_assert!(length.start_of(slot) <= at);
+            prop_assert!(at < length.start_of(slot.next()));
+        }
+
+        #[test]
+        fn a_slot_begins_in_itself(slot in 0..u64::MAX / 100_000, length in 1..100_000u64) {
+            let length = SlotLength::from_ms(length).unwrap();
+            prop_assert_eq!(length.slot_at(length.start_of(Slot(slot))), Slot(slot));
+        }
+
+        #[test]
+        fn reads_what_it_writes(slot: u64) {
+            prop_assert_eq!(Slot(slot).to_string().parse(), Ok(Slot(slot)));
+        }
+    }
+
+    #[test]
+    fn no_slot_is_empty() {
+        assert_eq!(SlotLength::from_ms(0), None);
+    }
+}

@@ -1,0 +1,134 @@
+//! Services 1 and 2: a random even or odd number for every request.
+//!
+//! A service of the NATS Services API (ADR-32), so that `nats micro ls` shows every replica and
+//! its statistics. It has no state: any number of replicas share the requests as a queue group.
+
+use std::time::Instant;
+
+use async_nats::{Client, Message};
+use clap::{Parser, ValueEnum};
+use contract::Parity;
+use runtime::micro::{self, Counters, Description, Requests};
+use runtime::settings::CommonSettings;
+use runtime::{Service, connection};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+/// Answers requests for a random number: even (0 to 1000) or odd (1 to 999), uniformly.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "generator", version)]
+pub struct Settings {
+    /// Which numbers to answer with
+    #[arg(long, env = "EVENODD_PARITY", value_name = "PARITY")]
+    parity: ParityName,
+
+    #[command(flatten)]
+    common: CommonSettings,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ParityName {
+    Even,
+    Odd,
+}
+
+impl From<ParityName> for Parity {
+    fn from(name: ParityName) -> Self {
+        match name {
+            ParityName::Even => Self::Even,
+            ParityName::Odd => Self::Odd,
+        }
+    }
+}
+
+impl Service for Settings {
+    fn common(&self) -> &CommonSettings {
+        &self.common
+    }
+
+    async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let parity = Parity::from(self.parity);
+        let client = connection::connect(&self.common.nats, parity.name(), parity.name()).await?;
+        let about = Description {
+            name: parity.name(),
+            description: match parity {
+                Parity::Even => "random even numbers from 0 to 1000",
+                Parity::Odd => "random odd numbers from 1 to 999",
+            },
+            version: env!("CARGO_PKG_VERSION"),
+            subject: parity.subject(),
+        };
+        let micro = micro::announce(&client, about).await?;
+        let mut requests = Requests::join(&client, about).await?;
+        info!(subject = parity.subject(), id = micro.id, "answering");
+
+        let mut leaving = false;
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled(), if !leaving => {
+                    leaving = true;
+                    requests.leave().await;
+                }
+                request = requests.next() => match request {
+                    Some(request) => answer(&client, parity, request, &micro.counters).await,
+                    None => break,
+                },
+            }
+        }
+        anyhow::ensure!(leaving, "the connection to NATS was closed");
+        connection::flush(&client).await;
+        Ok(())
+    }
+}
+
+async fn answer(client: &Client, parity: Parity, request: Message, counters: &Counters) {
+    // Whoever names no reply subject wants no answer.
+    let Some(reply) = request.reply else { return };
+    let begun = Instant::now();
+    let payload = Parity::encode_reply(random(parity));
+    let sent = client.publish(reply, payload.into()).await;
+    counters.count(begun.elapsed(), sent.is_err());
+    if let Err(error) = sent {
+        warn!(%error, "an answer could not be sent");
+    }
+}
+
+/// A number of this parity, each equally likely.
+fn random(parity: Parity) -> u16 {
+    let range = parity.range();
+    let last = (range.end() - range.start()) / 2;
+    range.start() + 2 * rand::random_range(0..=last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    /// Every number of the parity comes, none other, and none strikingly often or rarely.
+    #[test]
+    fn numbers_are_uniform_over_the_whole_range() {
+        const EACH: u32 = 1000;
+        for parity in [Parity::Even, Parity::Odd] {
+            let count = u32::try_from(parity.numbers().len()).unwrap();
+            let mut seen = HashMap::<u16, u32>::new();
+            for _ in 0..count * EACH {
+                *seen.entry(random(parity)).or_default() += 1;
+            }
+            assert!(seen.keys().all(|&n| parity.check(n.into()).is_ok()));
+            assert_eq!(seen.len(), parity.numbers().len());
+            // Chi-squared with n - 1 degrees of freedom: mean n - 1, variance 2(n - 1). Seven
+            // standard deviations are exceeded once in 10^9 runs or so.
+            let each = f64::from(EACH);
+            let chi: f64 = seen
+                .values()
+                .map(|&n| (f64::from(n) - each).powi(2) / each)
+                .sum();
+            let freedom = f64::from(count - 1);
+            assert!(
+                (chi - freedom).abs() < 7.0 * (2.0 * freedom).sqrt(),
+                "{parity}: {chi}"
+            );
+        }
+    }
+}

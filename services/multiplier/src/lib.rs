@@ -1,0 +1,207 @@
+//! Service 3: in every slot of 500 ms one of the replicas asks for an even and an odd number,
+//! multiplies them, and publishes the product if it is greater than the threshold.
+//!
+//! Here is the loop over the slots. [`claim`] decides which replica does the tick, [`numbers`]
+//! gets the two numbers, [`outbox`] publishes. There is no leader and no lease: see
+//! docs/adr/0001-slots-and-claims.md.
+
+mod claim;
+mod numbers;
+mod outbox;
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use async_nats::Client;
+use clap::Parser;
+use contract::{Outcome, Parity, Product, Slot, SlotLength, TickDone, subjects};
+use runtime::jetstream::{self, PublishError};
+use runtime::micro::{self, Description, Micro};
+use runtime::settings::CommonSettings;
+use runtime::{Service, connection};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info};
+
+use crate::claim::Claims;
+use crate::outbox::{Due, Outbox};
+
+const ABOUT: Description = Description {
+    name: "multiplier",
+    description: "multiplies an even and an odd number twice a second",
+    version: env!("CARGO_PKG_VERSION"),
+    subject: subjects::DONE,
+};
+
+/// How long the acknowledgement of a publication may take before it is sent again.
+const ACK_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Multiplies an even and an odd number twice a second, and publishes products above 100000.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "multiplier", version)]
+pub struct Settings {
+    #[command(flatten)]
+    common: CommonSettings,
+
+    /// The length of a slot in milliseconds, the same for all replicas; only tests change it
+    #[arg(long, env = "EVENODD_SLOT_MS", value_name = "MS", default_value = "500", hide = true, value_parser = slot_length)]
+    slot_ms: SlotLength,
+}
+
+fn slot_length(text: &str) -> Result<SlotLength, String> {
+    let ms = text.parse().map_err(|e| format!("{e}"))?;
+    SlotLength::from_ms(ms).ok_or_else(|| "a slot has at least 1 ms".to_owned())
+}
+
+impl Service for Settings {
+    fn common(&self) -> &CommonSettings {
+        &self.common
+    }
+
+    async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let client = connection::connect(&self.common.nats, ABOUT.name, ABOUT.name).await?;
+        let micro = micro::announce(&client, ABOUT).await?;
+        let claims = Claims::new(&client, &micro.id, self.slot_ms.duration()).await?;
+        let publishing = client.clone();
+        let (outbox, mut publisher) =
+            Outbox::start(move |due| publish(publishing.clone(), due), unix_time);
+        let waiting = outbox.waiting();
+        info!(id = micro.id, "ticking");
+
+        let flushing = client.clone();
+        let ticker = Ticker {
+            client,
+            slot_length: self.slot_ms,
+            micro,
+            claims,
+            outbox,
+        };
+        tokio::select! {
+            () = ticker.run(&shutdown) => {}
+            // The outbox ends after the ticker, unless it has failed.
+            result = &mut publisher => return Ok(result?),
+        }
+        // A little less than the whole: what is not published is then told with its number.
+        let drain = self.common.drain_ms.mul_f64(0.9);
+        let drained = tokio::time::timeout(drain, publisher).await;
+        connection::flush(&flushing).await;
+        match drained {
+            Ok(ended) => Ok(ended?),
+            Err(_) => anyhow::bail!(
+                "{} products were due, and NATS did not take them within {} ms: they are lost",
+                waiting.load(Ordering::Relaxed),
+                drain.as_millis()
+            ),
+        }
+    }
+}
+
+/// One attempt to publish.
+async fn publish(client: Client, due: Due) -> Result<jetstream::Ack, PublishError> {
+    // What is sent without a connection would wait in the client and come out late.
+    if !connection::is_connected(&client) {
+        return Err(PublishError::Other("not connected to NATS".to_owned()));
+    }
+    let body = due.product.encode().into();
+    jetstream::publish(&client, subjects::PUBLISHED, due.slot, body, ACK_TIMEOUT).await
+}
+
+/// The time since the Unix epoch, by this machine's clock.
+fn unix_time() -> Duration {
+    // Before 1970 there are no slots; a clock that says so is as good as one that stands still.
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
+/// The loop over the slots.
+struct Ticker {
+    client: Client,
+    slot_length: SlotLength,
+    micro: Micro,
+    claims: Claims,
+    outbox: Outbox,
+}
+
+impl Ticker {
+    async fn run(mut self, shutdown: &CancellationToken) {
+        let mut slot = self.slot_length.slot_at(unix_time());
+        loop {
+            tokio::select! {
+                next = self.next_slot(slot) => slot = next,
+                () = shutdown.cancelled() => return,
+            }
+            // Without a connection there is nothing to claim, and nobody to ask.
+            if connection::is_connected(&self.client) && self.claims.take(slot).await {
+                self.tick(slot).await;
+            }
+        }
+    }
+
+    /// Sleeps until the slot is another than `last`, and says which. A replica that was stopped
+    /// for a while goes on with the slot of this moment.
+    async fn next_slot(&self, last: Slot) -> Slot {
+        loop {
+            let now = unix_time();
+            let current = self.slot_length.slot_at(now);
+            if current != last {
+                return current;
+            }
+            let next = self.slot_length.start_of(current.next());
+            tokio::time::sleep(next.saturating_sub(now)).await;
+        }
+    }
+
+    async fn tick(&self, slot: Slot) {
+        let begun = Instant::now();
+        let length = self.slot_length.duration();
+        // Three fifths of the slot for the numbers, and a new request every 20 ms: the claim may
+        // have taken 140 ms, and the rest is for the publication.
+        let get = |parity| numbers::get(&self.client, parity, length * 3 / 5, length / 25);
+        let (even, odd) = tokio::join!(get(Parity::Even), get(Parity::Odd));
+        let product = match (even, odd) {
+            (Some(even), Some(odd)) => Product::new(even.into(), odd.into()).ok(),
+            _ => None,
+        };
+        let outcome = match product {
+            Some(product) if product.is_above_threshold() => self.publish(slot, product).await,
+            Some(_) => Outcome::BelowThreshold,
+            None if even.is_some() => Outcome::NoOdd,
+            None if odd.is_some() => Outcome::NoEven,
+            None => Outcome::NoNumbers,
+        };
+        let failed = product.is_none();
+        self.micro.counters.count(begun.elapsed(), failed);
+        let done = TickDone {
+            slot,
+            multiplier: self.micro.id.clone(),
+            even,
+            odd,
+            product: product.map(Product::number),
+            outcome,
+        };
+        debug!(?done, "tick");
+        if let Err(error) = self
+            .client
+            .publish(subjects::DONE, done.encode().into())
+            .await
+        {
+            debug!(%error, "the record of the tick could not be sent");
+        }
+    }
+
+    /// Hands a product to the outbox, and waits for the outcome while the slot lasts.
+    async fn publish(&self, slot: Slot, product: Product) -> Outcome {
+        let since = self.slot_length.start_of(slot);
+        let receipt = self.outbox.push(Due {
+            slot,
+            product,
+            since,
+        });
+        let end = self.slot_length.start_of(slot.next());
+        let left = end.saturating_sub(unix_time() + self.slot_length.duration() / 20);
+        match tokio::time::timeout(left, receipt).await {
+            Ok(Ok(outcome)) => outcome,
+            _ => Outcome::Pending,
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! Getting a number: a request to the generators, hedged.
+
+use std::time::Duration;
+
+use async_nats::Client;
+use async_nats::client::Request;
+use contract::Parity;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use tokio::time::MissedTickBehavior;
+use tracing::{debug, warn};
+
+/// A number of this parity, or `None` if no generator gives one within the budget.
+///
+/// A second request goes out when the first was not answered within `hedge_after`, and so on: it
+/// most likely reaches another member of the queue group. So a generator that is frozen costs a
+/// moment, until the server drops it. The first right answer counts.
+pub async fn get(
+    client: &Client,
+    parity: Parity,
+    budget: Duration,
+    hedge_after: Duration,
+) -> Option<u16> {
+    let mut asked = FuturesUnordered::new();
+    let mut hedge = tokio::time::interval(hedge_after);
+    hedge.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut deadline = std::pin::pin!(tokio::time::sleep(budget));
+    loop {
+        tokio::select! {
+            Some(answer) = asked.next(), if !asked.is_empty() => match answer {
+                Ok(async_nats::Message { payload, .. }) => match parity.decode_reply(&payload) {
+                    Ok(number) => return Some(number),
+                    Err(error) => warn!(subject = parity.subject(), %error, "a generator gave a wrong answer"),
+                },
+                // No responders, for the most part; the next request may find one.
+                Err(error) => debug!(subject = parity.subject(), %error, "no answer"),
+            },
+            _ = hedge.tick() => {
+                asked.push(client.send_request(parity.subject(), Request::new().timeout(None)));
+            }
+            () = &mut deadline => return None,
+        }
+    }
+}

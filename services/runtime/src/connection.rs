@@ -1,0 +1,103 @@
+//! The connection to NATS: named, kept up for ever, and every change of it logged.
+
+use std::time::Duration;
+
+use async_nats::connection::State;
+use async_nats::{Client, ConnectOptions, Event};
+use tracing::{info, warn};
+
+use crate::settings::NatsSettings;
+
+/// A broker that does not answer two pings in a row is given up for another one.
+const PING_INTERVAL: Duration = Duration::from_secs(1);
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(2);
+/// For requests that do not set a time-out of their own.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+/// Commands (publish, subscribe) that wait for the connection; more wait in their callers.
+const COMMAND_CAPACITY: usize = 1024;
+/// Messages that wait for a subscriber; more are dropped and logged as a slow consumer.
+const SUBSCRIPTION_CAPACITY: usize = 8192;
+/// The greatest pause between two attempts to connect.
+const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
+
+/// Connects in the background and at once returns the client, which keeps trying for ever.
+///
+/// `name` is what the broker's monitoring shows, and `user` the service's user: replies to it
+/// come on `_INBOX_<user>.>`, so that no service can be permitted to read another's.
+///
+/// # Errors
+/// If the settings cannot be used at all. A broker that is not there is no error.
+pub async fn connect(settings: &NatsSettings, user: &str, name: &str) -> anyhow::Result<Client> {
+    let servers = settings
+        .nats
+        .iter()
+        // Never the whole URL: it may hold a password.
+        .map(|server| format!("{}:{}", server.host(), server.port()))
+        .collect::<Vec<_>>()
+        .join(", ");
+    info!(%servers, "connecting to NATS");
+    let options = ConnectOptions::new()
+        .name(name)
+        .custom_inbox_prefix(format!("_INBOX_{user}"))
+        .retry_on_initial_connect()
+        .max_reconnects(None)
+        .reconnect_delay_callback(reconnect_delay)
+        .connection_timeout(CONNECTION_TIMEOUT)
+        .request_timeout(Some(REQUEST_TIMEOUT))
+        .ping_interval(PING_INTERVAL)
+        .client_capacity(COMMAND_CAPACITY)
+        .subscription_capacity(SUBSCRIPTION_CAPACITY)
+        .event_callback(|event| async move { log_event(&event) });
+    Ok(options.connect(&settings.nats).await?)
+}
+
+/// Whether the client is connected at this moment. What is sent while it is not waits in the
+/// client and comes out late, so whoever has something that ages looks here first.
+#[must_use]
+pub fn is_connected(client: &Client) -> bool {
+    client.connection_state() == State::Connected
+}
+
+/// Waits until what was published has left the process: at most a second, and not at all without
+/// a connection.
+pub async fn flush(client: &Client) {
+    if is_connected(client) {
+        // Whoever flushes is about to stop, and has nobody left to tell.
+        let _ = tokio::time::timeout(Duration::from_secs(1), client.flush()).await;
+    }
+}
+
+/// Back-off with full jitter: at once, then up to 50, 100, 200 … 2000 ms.
+fn reconnect_delay(attempts: usize) -> Duration {
+    if attempts <= 1 {
+        return Duration::ZERO;
+    }
+    let doublings = u32::try_from(attempts).unwrap_or(u32::MAX).min(16);
+    let ceiling = MAX_RECONNECT_DELAY.min(Duration::from_millis(25) * 2u32.pow(doublings - 1));
+    ceiling.mul_f64(rand::random_range(0.1..=1.0))
+}
+
+fn log_event(event: &Event) {
+    match event {
+        Event::Connected => info!("connected to NATS"),
+        Event::Disconnected => warn!("disconnected from NATS; reconnecting"),
+        Event::LameDuckMode => info!("the NATS server is about to stop; moving to another"),
+        Event::Draining | Event::Closed => tracing::debug!(%event, "NATS connection"),
+        other => warn!(event = %other, "NATS connection"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn back_off_is_bounded_and_spread() {
+        assert_eq!(reconnect_delay(1), Duration::ZERO);
+        for attempts in 2..100 {
+            let delay = reconnect_delay(attempts);
+            assert!(!delay.is_zero() && delay <= MAX_RECONNECT_DELAY);
+        }
+        assert_ne!(reconnect_delay(50), reconnect_delay(50));
+    }
+}

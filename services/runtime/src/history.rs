@@ -1,0 +1,181 @@
+//! Reading a stream by direct get (NATS ADR-31): any replica answers, nothing is left behind on
+//! the server, and the cost does not depend on where in the stream one reads.
+
+use std::time::Duration;
+
+use async_nats::header::{HeaderMap, NATS_MESSAGE_ID, NATS_SEQUENCE, NATS_TIME_STAMP};
+use async_nats::{Client, Message};
+use bytes::Bytes;
+use futures::StreamExt;
+use serde_json::json;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+/// The most messages that one batch may ask for.
+pub const MAX_BATCH: usize = 1000;
+
+/// How long a replica may take before another one is asked.
+const PATIENCE: Duration = Duration::from_millis(300);
+/// How often one read is tried before it fails.
+const TRIES: usize = 3;
+
+/// Statuses in place of a message: no (further) message; nobody listens.
+const END_OF_BATCH: u16 = 204;
+const NOT_FOUND: u16 = 404;
+const NO_RESPONDERS: u16 = 503;
+
+/// A stored message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its place in the stream; the first message has 1.
+    pub sequence: u64,
+    /// When the stream stored it.
+    pub time: OffsetDateTime,
+    /// The `Nats-Msg-Id` it was published with.
+    pub message_id: Option<String>,
+    /// What was published, not yet decoded.
+    pub payload: Bytes,
+}
+
+/// Why a read failed. It may be tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// No replica answered in time.
+    #[error("stream {stream}: no answer within {} ms", (PATIENCE * 3).as_millis())]
+    TimedOut {
+        /// The stream.
+        stream: &'static str,
+    },
+    /// Nobody serves the stream: it does not exist, or `JetStream` is not up.
+    #[error("stream {stream} is not there: is JetStream up, and did `evenodd provision` run?")]
+    NoStream {
+        /// The stream.
+        stream: &'static str,
+    },
+    /// An answer that is not one of a direct get.
+    #[error("stream {stream}: {what}")]
+    Unexpected {
+        /// The stream.
+        stream: &'static str,
+        /// What came instead.
+        what: String,
+    },
+}
+
+/// Up to `limit` messages (1 to [`MAX_BATCH`]) from sequence `from` on, in order. Fewer, or none,
+/// if the stream, or the replica that answers, has no more yet.
+///
+/// # Errors
+/// [`ReadError`] after three tries.
+pub async fn read(
+    client: &Client,
+    stream: &'static str,
+    from: u64,
+    limit: usize,
+) -> Result<Vec<Entry>, ReadError> {
+    let batch = limit.clamp(1, MAX_BATCH);
+    ask(
+        client,
+        stream,
+        json!({ "seq": from.max(1), "batch": batch }),
+    )
+    .await
+}
+
+/// The last message on `subject`, if there is one.
+///
+/// # Errors
+/// [`ReadError`] after three tries.
+pub async fn last(
+    client: &Client,
+    stream: &'static str,
+    subject: &str,
+) -> Result<Option<Entry>, ReadError> {
+    let entries = ask(client, stream, json!({ "last_by_subj": subject })).await?;
+    Ok(entries.into_iter().next())
+}
+
+async fn ask(
+    client: &Client,
+    stream: &'static str,
+    request: serde_json::Value,
+) -> Result<Vec<Entry>, ReadError> {
+    // Without a batch size the one message is the whole answer, and no end follows it.
+    let single = request.get("batch").is_none();
+    let payload = Bytes::from(request.to_string());
+    let mut result = Err(ReadError::TimedOut { stream });
+    for _ in 0..TRIES {
+        result = ask_once(client, stream, payload.clone(), single).await;
+        if !matches!(result, Err(ReadError::TimedOut { .. })) {
+            break;
+        }
+    }
+    result
+}
+
+async fn ask_once(
+    client: &Client,
+    stream: &'static str,
+    request: Bytes,
+    single: bool,
+) -> Result<Vec<Entry>, ReadError> {
+    let unexpected = |what: String| ReadError::Unexpected { stream, what };
+    let timed_out = |_| ReadError::TimedOut { stream };
+    let inbox = client.new_inbox();
+    let open = async {
+        let answers = client
+            .subscribe(inbox.clone())
+            .await
+            .map_err(|e| unexpected(e.to_string()))?;
+        let subject = format!("$JS.API.DIRECT.GET.{stream}");
+        client
+            .publish_with_reply(subject, inbox, request)
+            .await
+            .map_err(|e| unexpected(e.to_string()))?;
+        Ok(answers)
+    };
+    let mut answers = tokio::time::timeout(PATIENCE, open)
+        .await
+        .map_err(timed_out)??;
+    let mut entries = Vec::new();
+    loop {
+        let message = tokio::time::timeout(PATIENCE, answers.next())
+            .await
+            .map_err(timed_out)?
+            .ok_or_else(|| unexpected("the connection was closed".to_owned()))?;
+        match message.status.map(|status| status.as_u16()) {
+            None => entries.push(entry(message).map_err(unexpected)?),
+            Some(END_OF_BATCH | NOT_FOUND) => return Ok(entries),
+            Some(NO_RESPONDERS) => return Err(ReadError::NoStream { stream }),
+            Some(status) => {
+                let description = message.description.unwrap_or_default();
+                return Err(unexpected(format!("{status} {description}")));
+            }
+        }
+        if single {
+            return Ok(entries);
+        }
+    }
+}
+
+fn entry(message: Message) -> Result<Entry, String> {
+    let headers = message.headers.unwrap_or_default();
+    let sequence = header(&headers, NATS_SEQUENCE)?
+        .parse()
+        .map_err(|e| format!("{NATS_SEQUENCE}: {e}"))?;
+    let time = OffsetDateTime::parse(header(&headers, NATS_TIME_STAMP)?, &Rfc3339)
+        .map_err(|e| format!("{NATS_TIME_STAMP}: {e}"))?;
+    Ok(Entry {
+        sequence,
+        time,
+        message_id: headers.get(NATS_MESSAGE_ID).map(ToString::to_string),
+        payload: message.payload,
+    })
+}
+
+fn header(headers: &HeaderMap, name: async_nats::HeaderName) -> Result<&str, String> {
+    headers
+        .get(name.clone())
+        .map(async_nats::HeaderValue::as_str)
+        .ok_or_else(|| format!("no header {name}"))
+}

@@ -1,0 +1,12 @@
+//! What every service needs to run, and no service's own business: settings, the connection,
+//! telemetry, shutdown, and the few requests to `JetStream` that more than one of them makes.
+
+pub mod connection;
+pub mod history;
+pub mod jetstream;
+pub mod micro;
+mod process;
+pub mod settings;
+pub mod telemetry;
+
+pub use process::{Service, main, shutdown_on_signal};

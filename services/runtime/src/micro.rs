@@ -1,0 +1,199 @@
+//! A service of the NATS Services API (ADR-32): it answers `$SRV.PING`, `INFO` and `STATS`, so
+//! that `nats micro ls` and `nats micro stats` show every replica and what it did.
+//!
+//! The client's own implementation hides the subscription of an endpoint, and with it the way to
+//! leave a queue group without losing what is on its way (see [`Requests`] and docs/adr/0004).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use async_nats::{Client, Message, Subscriber};
+use futures::StreamExt;
+use futures::stream::select_all;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tokio_util::task::AbortOnDropHandle;
+
+/// What a service tells about itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Description {
+    /// The kind of service; all its replicas share it.
+    pub name: &'static str,
+    /// One sentence.
+    pub description: &'static str,
+    /// The version of the service (semantic).
+    pub version: &'static str,
+    /// The subject that its work is about: the one it answers on, or else the one it writes or
+    /// reads. The statistics are about this.
+    pub subject: &'static str,
+}
+
+/// What a replica did since it started.
+#[derive(Debug, Default)]
+pub struct Counters {
+    requests: AtomicU64,
+    errors: AtomicU64,
+    nanoseconds: AtomicU64,
+}
+
+impl Counters {
+    /// Counts one piece of work, how long it took, and whether it failed.
+    pub fn count(&self, took: Duration, failed: bool) {
+        let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.errors.fetch_add(failed.into(), Ordering::Relaxed);
+        self.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
+    }
+}
+
+/// A replica that is announced for as long as this value lives.
+pub struct Micro {
+    /// The id of the replica, unique for every start.
+    pub id: String,
+    /// Its statistics.
+    pub counters: Arc<Counters>,
+    _answers: AbortOnDropHandle<()>,
+}
+
+/// Announces this process as a replica of the service.
+///
+/// # Errors
+/// If the connection was closed.
+pub async fn announce(client: &Client, about: Description) -> anyhow::Result<Micro> {
+    let id = nuid::next().to_string();
+    let started = OffsetDateTime::now_utc().format(&Rfc3339)?;
+    let mut questions = Vec::with_capacity(9);
+    for verb in ["PING", "INFO", "STATS"] {
+        for whom in [
+            "",
+            &format!(".{}", about.name),
+            &format!(".{}.{id}", about.name),
+        ] {
+            questions.push(client.subscribe(format!("$SRV.{verb}{whom}")).await?);
+        }
+    }
+    let mut questions = select_all(questions);
+    let counters = Arc::new(Counters::default());
+    let answers = tokio::spawn({
+        let (client, id, counters) = (client.clone(), id.clone(), counters.clone());
+        async move {
+            while let Some(question) = questions.next().await {
+                let answer = answer(&question, about, &id, &started, &counters);
+                // Without a reply subject nobody waits; without a connection nobody hears.
+                if let (Some(reply), Some(answer)) = (question.reply, answer) {
+                    let _ = client.publish(reply, answer.to_string().into()).await;
+                }
+            }
+        }
+    });
+    Ok(Micro {
+        id,
+        counters,
+        _answers: AbortOnDropHandle::new(answers),
+    })
+}
+
+fn answer(
+    question: &Message,
+    about: Description,
+    id: &str,
+    started: &str,
+    counters: &Counters,
+) -> Option<Value> {
+    let verb = question.subject.split('.').nth(1)?.to_ascii_lowercase();
+    let mut answer = json!({
+        "type": format!("io.nats.micro.v1.{verb}_response"),
+        "name": about.name,
+        "id": id,
+        "version": about.version,
+        "metadata": {},
+    });
+    let mut endpoint = json!({
+        "name": about.name,
+        "subject": about.subject,
+        "queue_group": about.name,
+    });
+    match verb.as_str() {
+        "info" => {
+            answer["description"] = about.description.into();
+            answer["endpoints"] = json!([endpoint]);
+        }
+        "stats" => {
+            let requests = counters.requests.load(Ordering::Relaxed);
+            let nanoseconds = counters.nanoseconds.load(Ordering::Relaxed);
+            endpoint["num_requests"] = requests.into();
+            endpoint["num_errors"] = counters.errors.load(Ordering::Relaxed).into();
+            endpoint["last_error"] = "".into();
+            endpoint["processing_time"] = nanoseconds.into();
+            endpoint["average_processing_time"] = (nanoseconds / requests.max(1)).into();
+            answer["started"] = started.into();
+            answer["endpoints"] = json!([endpoint]);
+        }
+        _ => {}
+    }
+    Some(answer)
+}
+
+/// Requests still taken when a replica leaves its queue group: more than can be on their way.
+const LEAVING_REQUESTS: u64 = 1024;
+/// A pause in which nothing can be on its way any more.
+const LEAVING_QUIET: Duration = Duration::from_millis(20);
+/// The most that leaving may take.
+const LEAVING_TIME: Duration = Duration::from_secs(1);
+
+/// The share of a queue group's requests that come to this replica.
+///
+/// To leave the group, the client library drops a subscription while the server still delivers
+/// to it; under load that loses requests. Instead the server is told to deliver a certain number
+/// more and no further ones. They are taken until the number is reached, or nothing has come for
+/// a while.
+pub struct Requests {
+    subscriber: Subscriber,
+    taken: u64,
+    leaving_until: Option<Instant>,
+}
+
+impl Requests {
+    /// Joins the queue group named like the service, on the subject of the service.
+    ///
+    /// # Errors
+    /// If the connection was closed.
+    pub async fn join(client: &Client, about: Description) -> anyhow::Result<Self> {
+        let subscriber = client
+            .queue_subscribe(about.subject, about.name.to_owned())
+            .await
+            .with_context(|| format!("cannot listen on {}", about.subject))?;
+        Ok(Self {
+            subscriber,
+            taken: 0,
+            leaving_until: None,
+        })
+    }
+
+    /// Starts to leave the group: [`next`](Self::next) gives what is on its way, then `None`.
+    pub async fn leave(&mut self) {
+        self.leaving_until = Some(Instant::now() + LEAVING_TIME);
+        // This fails when the connection was closed; then there is nothing to leave.
+        let _ = self
+            .subscriber
+            .unsubscribe_after(self.taken + LEAVING_REQUESTS)
+            .await;
+    }
+
+    /// The next request; `None` after the last one. Cancel safe.
+    pub async fn next(&mut self) -> Option<Message> {
+        let request = match self.leaving_until {
+            None => self.subscriber.next().await,
+            Some(until) if Instant::now() >= until => None,
+            Some(_) => tokio::time::timeout(LEAVING_QUIET, self.subscriber.next())
+                .await
+                .ok()
+                .flatten(),
+        };
+        self.taken += u64::from(request.is_some());
+        request
+    }
+}

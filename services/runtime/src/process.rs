@@ -1,0 +1,98 @@
+//! The shell of a service process: settings, logging, signals, and an end within bounds.
+
+use std::future::Future;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+use crate::settings::{self, CommonSettings};
+use crate::telemetry;
+
+/// A service: settings that know how to run.
+pub trait Service: Parser {
+    /// The settings that every service has.
+    fn common(&self) -> &CommonSettings;
+
+    /// Does the service's work until `shutdown` is cancelled, then finishes what it has begun.
+    /// To return before that is a failure, whatever it returns.
+    fn run(self, shutdown: CancellationToken) -> impl Future<Output = anyhow::Result<()>> + Send;
+}
+
+/// The whole of a service's `main`. Status 0 after a signal and a complete drain, 1 after a
+/// failure or a drain that took too long, 2 for wrong settings.
+#[must_use]
+pub fn main<S: Service>() -> ExitCode {
+    let service = settings::parse::<S>();
+    let common = service.common().clone();
+    telemetry::start(common.log.log_format, &common.log.log);
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            error!("cannot start the runtime: {e}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(run_until_drained(service, common));
+    // A task that hangs on a blocking call must not keep the process.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            error!("{e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run_until_drained<S: Service>(service: S, common: CommonSettings) -> anyhow::Result<()> {
+    let shutdown = shutdown_on_signal()?;
+    let mut run = std::pin::pin!(service.run(shutdown.clone()));
+    tokio::select! {
+        biased;
+        result = &mut run, if !shutdown.is_cancelled() => {
+            result?;
+            anyhow::ensure!(shutdown.is_cancelled(), "the service ended by itself");
+            return Ok(());
+        }
+        () = shutdown.cancelled() => {}
+    }
+    let drain = common.drain_ms;
+    match tokio::time::timeout(drain, run).await {
+        Ok(result) => {
+            result?;
+            info!("stopped");
+            Ok(())
+        }
+        Err(_) => anyhow::bail!(
+            "stopped before everything was finished: --drain-ms allows {} ms",
+            drain.as_millis()
+        ),
+    }
+}
+
+/// A token that the first SIGINT or SIGTERM cancels. The signals are taken from here on: neither
+/// ends the process any more by itself.
+///
+/// # Errors
+/// If the signals cannot be listened to.
+pub fn shutdown_on_signal() -> std::io::Result<CancellationToken> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let shutdown = CancellationToken::new();
+    let cancel = shutdown.clone();
+    tokio::spawn(async move {
+        let name = tokio::select! {
+            _ = interrupt.recv() => "SIGINT",
+            _ = terminate.recv() => "SIGTERM",
+        };
+        info!("{name}: finishing");
+        cancel.cancel();
+    });
+    Ok(shutdown)
+}

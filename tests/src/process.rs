@@ -1,0 +1,172 @@
+//! One process of ours: started, watched, signalled, and never left behind.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::{PATIENCE, Scratch, repository};
+
+/// A running process. Dropping it kills it.
+pub struct Process {
+    child: Child,
+    log: PathBuf,
+    /// What to start again.
+    command: Vec<String>,
+}
+
+impl Process {
+    /// Starts one of the project's binaries, its output going to a file in `scratch`.
+    pub fn start(scratch: &Scratch, binary: &str, args: &[&str]) -> Self {
+        let path = binaries().join(binary);
+        let mut command = vec![path.to_str().unwrap().to_owned()];
+        command.extend(args.iter().map(ToString::to_string));
+        Self::start_command(scratch, binary, command)
+    }
+
+    pub(crate) fn start_command(scratch: &Scratch, name: &str, command: Vec<String>) -> Self {
+        let log = (0..)
+            .map(|n| scratch.path(&format!("{name}-{n}.log")))
+            .find(|path| !path.exists())
+            .unwrap();
+        let child = spawn(&command, &log);
+        Self {
+            child,
+            log,
+            command,
+        }
+    }
+
+    /// Starts the same command again, after the process has ended.
+    pub fn start_again(&mut self) {
+        assert!(self.exit_status().is_some(), "it is still running");
+        self.child = spawn(&self.command, &self.log);
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything it has printed so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap()).into_owned()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid().cast_signed()), signal).unwrap();
+    }
+
+    /// Ends it without a chance to do anything about it, and waits until it is gone.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    pub async fn terminate(&mut self) -> ExitStatus {
+        self.signal(Signal::SIGTERM);
+        self.wait().await
+    }
+
+    /// The status with which it has ended, if it has.
+    pub fn exit_status(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// If it does not end within [`PATIENCE`].
+    pub async fn wait(&mut self) -> ExitStatus {
+        self.until("it ends", |process| process.exit_status()).await
+    }
+
+    /// Waits until its output holds `text`, and returns the first line that does.
+    pub async fn wait_for(&mut self, text: &str) -> String {
+        self.until(text, |process| {
+            let log = process.log();
+            if let Some(line) = log.lines().find(|line| line.contains(text)) {
+                return Some(line.to_owned());
+            }
+            if let Some(status) = process.exit_status() {
+                panic!(
+                    "ended with {status} before it printed {text:?}:\n{}",
+                    process.log()
+                );
+            }
+            None
+        })
+        .await
+    }
+
+    async fn until<T>(&mut self, what: &str, mut probe: impl FnMut(&mut Self) -> Option<T>) -> T {
+        let start = Instant::now();
+        loop {
+            if let Some(value) = probe(self) {
+                return value;
+            }
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{}: waited in vain for: {what}\n{}",
+                self.command[0],
+                self.log()
+            );
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn spawn(command: &[String], log: &Path) -> Child {
+    let log = File::options().create(true).append(true).open(log).unwrap();
+    let mut child = Command::new(&command[0]);
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("EVENODD_") {
+            child.env_remove(name);
+        }
+    }
+    child
+        .args(&command[1..])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap_or_else(|e| panic!("{}: {e}", command[0]))
+}
+
+/// The directory with the binaries of this very source.
+fn binaries() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let mut build = Command::new(env!("CARGO"));
+        build
+            .current_dir(repository())
+            .args(["build", "--quiet", "--workspace", "--bins"]);
+        // What cargo says to a test about its package would make build scripts run again.
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+                build.env_remove(name);
+            }
+        }
+        let status = build.status().unwrap();
+        assert!(status.success(), "the services do not build");
+        // This test is target/debug/deps/e2e-…; the binaries are in target/debug.
+        let test = std::env::current_exe().unwrap();
+        test.parent().unwrap().parent().unwrap().to_owned()
+    })
+}

@@ -1,0 +1,100 @@
+//! Services 1 and 2.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use contract::Parity;
+use futures::future::join_all;
+use tests::{Broker, Process, Scratch, connect, eventually};
+
+async fn start(scratch: &Scratch, broker: &Broker, parity: Parity) -> Process {
+    let args = ["--parity", parity.name(), "--nats", &broker.url()];
+    let mut process = Process::start(scratch, "generator", &args);
+    process.wait_for("answering").await;
+    process
+}
+
+/// Requests from several clients at once, of which none is dropped while replicas come and go.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sigterm_drops_no_request() {
+    let scratch = Scratch::new();
+    let broker = Broker::start(&scratch).await;
+    let _stays = start(&scratch, &broker, Parity::Odd).await;
+    let client = connect(&broker).await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let askers: Vec<_> = (0..32)
+        .map(|_| {
+            let (client, stop) = (client.clone(), stop.clone());
+            tokio::spawn(async move {
+                let mut answered = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    let reply = client.request(Parity::Odd.subject(), "".into()).await;
+                    let reply = reply.map_err(|e| format!("after {answered} answers: {e}"))?;
+                    Parity::Odd
+                        .decode_reply(&reply.payload)
+                        .map_err(|e| e.to_string())?;
+                    answered += 1;
+                }
+                Ok::<_, String>(answered)
+            })
+        })
+        .collect();
+    for _ in 0..10 {
+        let mut goes = start(&scratch, &broker, Parity::Odd).await;
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        assert!(goes.terminate().await.success());
+    }
+    stop.store(true, Ordering::Relaxed);
+    for answered in join_all(askers).await {
+        assert!(answered.unwrap().unwrap() > 100);
+    }
+}
+
+#[tokio::test]
+async fn each_parity_covers_its_whole_range() {
+    let scratch = Scratch::new();
+    let broker = Broker::start(&scratch).await;
+    let client = connect(&broker).await;
+    for parity in [Parity::Even, Parity::Odd] {
+        let _replicas = [
+            start(&scratch, &broker, parity).await,
+            start(&scratch, &broker, parity).await,
+        ];
+        let mut seen = HashSet::new();
+        // Of n equally likely numbers one is still missing after 25 n draws once in 10^8 times.
+        for _ in 0..parity.numbers().len() * 25 / 100 {
+            let requests = (0..100).map(|_| client.request(parity.subject(), "".into()));
+            for reply in join_all(requests).await {
+                seen.insert(parity.decode_reply(&reply.unwrap().payload).unwrap());
+            }
+        }
+        assert_eq!(seen, parity.numbers().collect());
+    }
+}
+
+#[tokio::test]
+async fn every_replica_is_listed_and_counts() {
+    let scratch = Scratch::new();
+    let broker = Broker::start(&scratch).await;
+    let _replicas = [
+        start(&scratch, &broker, Parity::Even).await,
+        start(&scratch, &broker, Parity::Even).await,
+    ];
+    let client = connect(&broker).await;
+    for _ in 0..40 {
+        client
+            .request(Parity::Even.subject(), "".into())
+            .await
+            .unwrap();
+    }
+    eventually("both replicas report what they answered", async || {
+        let stats = tests::services(&client, "STATS.even").await;
+        let counts: Vec<u64> = stats
+            .iter()
+            .map(|s| s["endpoints"][0]["num_requests"].as_u64().unwrap())
+            .collect();
+        counts.len() == 2 && counts.iter().all(|&n| n > 0) && counts.iter().sum::<u64>() == 40
+    })
+    .await;
+}
