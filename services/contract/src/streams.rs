@@ -27,7 +27,6 @@ pub fn numbers(replicas: usize) -> Config {
         name: NUMBERS.into(),
         description: Some("Every published number, for good".into()),
         subjects: vec![subjects::PUBLISHED.into()],
-        storage: StorageType::File,
         compression: Some(Compression::S2),
         discard: DiscardPolicy::New,
         deny_delete: true,
@@ -38,14 +37,14 @@ pub fn numbers(replicas: usize) -> Config {
 
 /// The configuration of [`TICKS`].
 ///
-/// It keeps the latest claim alone, in memory: what matters is the memory of message ids.
+/// It keeps the latest claim alone: what matters is the memory of message ids. On file, because a
+/// single server forgets a stream in memory, configuration and all, when it is restarted.
 #[must_use]
 pub fn ticks(replicas: usize) -> Config {
     Config {
         name: TICKS.into(),
         description: Some("Claims of slots; only their deduplication matters".into()),
         subjects: vec![subjects::CLAIM.into()],
-        storage: StorageType::Memory,
         discard: DiscardPolicy::Old,
         max_messages: 1,
         ..unlimited(replicas)
@@ -55,6 +54,7 @@ pub fn ticks(replicas: usize) -> Config {
 /// What both have in common, with the values that the server itself writes for "no limit".
 fn unlimited(replicas: usize) -> Config {
     Config {
+        storage: StorageType::File,
         retention: RetentionPolicy::Limits,
         max_messages: -1,
         max_bytes: -1,

@@ -130,8 +130,12 @@ impl Ticker {
                 next = self.next_slot(slot) => slot = next,
                 () = shutdown.cancelled() => return,
             }
-            // Without a connection there is nothing to claim, and nobody to ask.
-            if connection::is_connected(&self.client) && self.claims.take(slot).await {
+            // Without a connection there is nothing to claim, and nobody to ask. A broker that
+            // is restarted may be back before the slot is over.
+            let patience = self.slot_length.duration() / 2;
+            if connection::wait_until_connected(&self.client, patience).await
+                && self.claims.take(slot).await
+            {
                 self.tick(slot).await;
             }
         }

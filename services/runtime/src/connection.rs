@@ -58,6 +58,18 @@ pub fn is_connected(client: &Client) -> bool {
     client.connection_state() == State::Connected
 }
 
+/// Waits for the connection, at most for `limit`. Whether it is there.
+pub async fn wait_until_connected(client: &Client, limit: Duration) -> bool {
+    // The client has no way to wait for a change of its state.
+    const POLL: Duration = Duration::from_millis(5);
+    let connected = async {
+        while !is_connected(client) {
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    tokio::time::timeout(limit, connected).await.is_ok()
+}
+
 /// Waits until what was published has left the process: at most a second, and not at all without
 /// a connection.
 pub async fn flush(client: &Client) {

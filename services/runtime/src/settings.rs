@@ -50,6 +50,7 @@ pub struct LogSettings {
     /// How log lines are written
     #[arg(
         long,
+        global = true,
         env = "EVENODD_LOG_FORMAT",
         value_name = "FORMAT",
         default_value = "text"
@@ -57,7 +58,7 @@ pub struct LogSettings {
     pub log_format: LogFormat,
 
     /// What is logged: error, warn, info, debug, trace, or a list such as multiplier=debug,info
-    #[arg(long, env = "EVENODD_LOG", value_name = "FILTER", default_value = "info,async_nats=warn", value_parser = log_filter)]
+    #[arg(long, global = true, env = "EVENODD_LOG", value_name = "FILTER", default_value = "info,async_nats=warn", value_parser = log_filter)]
     pub log: String,
 }
 

@@ -1,0 +1,27 @@
+# `make help` lists what there is. Every target does its own set-up.
+
+CARGO ?= cargo
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: ## run the whole pipeline on this machine (options: make run ARGS="--http 127.0.0.1:9090")
+	$(CARGO) build --release --workspace --bins
+	@server="$$(nats/install)" && exec target/release/evenodd up --nats-server "$$server" $(ARGS)
+
+test: ## run all tests, against real nats-servers
+	@nats/install >/dev/null
+	$(CARGO) build --workspace --bins
+	$(CARGO) test --workspace
+
+check: test ## everything that CI checks: format, clippy, tests, documentation
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- --deny warnings
+	RUSTDOCFLAGS="--deny warnings" $(CARGO) doc --workspace --no-deps --document-private-items
+
+clean: ## remove what was built; the history in ./data stays
+	$(CARGO) clean
+	rm -rf nats/bin

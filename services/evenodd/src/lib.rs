@@ -1,0 +1,61 @@
+//! The operator's tool. A subcommand a module; here is what they share.
+
+// This is a command for people: what it prints is its purpose.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod provision;
+mod up;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use runtime::{settings, telemetry};
+
+/// The name by which the broker knows the operator.
+const USER: &str = "operator";
+
+/// Runs, provisions and checks the Evenodd pipeline.
+#[derive(Parser, Debug)]
+#[command(name = "evenodd", version, subcommand_required = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    #[command(flatten)]
+    log: settings::LogSettings,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Up(up::Up),
+    Provision(provision::Provision),
+    Verify(verify::Verify),
+}
+
+/// The whole of `main`. Status 0 if all is well, 1 if not, 2 for wrong settings.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli: Cli = settings::parse();
+    telemetry::start(cli.log.log_format, &cli.log.log);
+    // One thread: a child gets its death signal when the thread that started it ends.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let result = runtime.map_err(Into::into).and_then(|runtime| {
+        runtime.block_on(async {
+            match cli.command {
+                Command::Up(up) => up.run().await,
+                Command::Provision(provision) => provision.run().await,
+                Command::Verify(verify) => verify.run().await,
+            }
+        })
+    });
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

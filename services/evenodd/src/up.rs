@@ -1,0 +1,240 @@
+//! `evenodd up`: the whole pipeline on one machine, every service a process of its own.
+
+mod child;
+mod preflight;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use async_nats::ServerAddr;
+use clap::Args;
+use runtime::connection;
+use runtime::settings::NatsSettings;
+use tokio_util::sync::CancellationToken;
+
+use crate::{USER, provision};
+use child::{Children, Spec};
+use preflight::Ready;
+
+/// The broker's configuration; ports and directories come from its command line.
+const NATS_CONFIGURATION: &str = include_str!("../../../nats/single.conf");
+
+/// Run the whole pipeline on this machine
+///
+/// Starts a broker and every service as a process of its own, restarts what dies, and stops everything in order on Ctrl-C. The history stays in the data directory.
+#[derive(Args, Clone, Debug)]
+pub struct Up {
+    /// Use this broker instead of starting one
+    #[arg(
+        long,
+        env = "EVENODD_NATS",
+        value_name = "URL",
+        value_delimiter = ',',
+        conflicts_with = "nats_port"
+    )]
+    nats: Option<Vec<ServerAddr>>,
+
+    /// The port of the broker that is started, on 127.0.0.1; its monitoring gets this port + 4000
+    #[arg(long, env = "EVENODD_NATS_PORT", value_name = "PORT", default_value = "4222", value_parser = clap::value_parser!(u16).range(1..=61535))]
+    nats_port: u16,
+
+    /// The nats-server to start
+    #[arg(
+        long,
+        env = "EVENODD_NATS_SERVER",
+        value_name = "FILE",
+        default_value = "nats-server"
+    )]
+    nats_server: PathBuf,
+
+    /// Where the history is kept
+    #[arg(
+        long,
+        env = "EVENODD_DATA",
+        value_name = "DIRECTORY",
+        default_value = "./data"
+    )]
+    data: PathBuf,
+
+    /// Where the first gateway listens; each further one takes the next port
+    #[arg(
+        long,
+        env = "EVENODD_HTTP",
+        value_name = "ADDRESS:PORT",
+        default_value = "127.0.0.1:8080"
+    )]
+    http: SocketAddr,
+
+    /// How many generators of even numbers to run
+    #[arg(long, env = "EVENODD_EVEN", value_name = "N", default_value = "2", value_parser = clap::value_parser!(u16).range(0..=100))]
+    even: u16,
+
+    /// How many generators of odd numbers to run
+    #[arg(long, env = "EVENODD_ODD", value_name = "N", default_value = "2", value_parser = clap::value_parser!(u16).range(0..=100))]
+    odd: u16,
+
+    /// How many multipliers to run
+    #[arg(long, env = "EVENODD_MULTIPLIERS", value_name = "N", default_value = "2", value_parser = clap::value_parser!(u16).range(0..=100))]
+    multipliers: u16,
+
+    /// How many gateways to run
+    #[arg(long, env = "EVENODD_GATEWAYS", value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(0..=100))]
+    gateways: u16,
+}
+
+impl Up {
+    pub async fn run(self) -> anyhow::Result<ExitCode> {
+        let ready = match preflight::check(&self).await {
+            Ok(ready) => ready,
+            Err(faults) => {
+                for fault in faults {
+                    eprintln!("error: {fault}");
+                }
+                return Ok(ExitCode::FAILURE);
+            }
+        };
+        let shutdown = runtime::shutdown_on_signal()?;
+        // The order to stop in: nobody loses what it needs before it has stopped itself.
+        let mut stages = Vec::new();
+        let result = self.start(&ready, &shutdown, &mut stages).await;
+        if result.is_ok() {
+            shutdown.cancelled().await;
+        }
+        while let Some(stage) = stages.pop() {
+            stage.stop().await;
+        }
+        result.map(|()| ExitCode::SUCCESS)
+    }
+
+    /// Starts everything, and pushes what it started onto `stages`. Returns early on shutdown.
+    async fn start(
+        &self,
+        ready: &Ready,
+        shutdown: &CancellationToken,
+        stages: &mut Vec<Children>,
+    ) -> anyhow::Result<()> {
+        if self.nats.is_none() {
+            stages.push(Children::start(vec![self.broker(ready)]));
+        }
+        let servers = self.servers();
+        let provisioned = async {
+            let settings = NatsSettings {
+                nats: servers.clone(),
+            };
+            let client = connection::connect(&settings, USER, "evenodd up").await?;
+            let wait = Duration::from_secs(120);
+            for outcome in provision::provision(&client, 1, wait).await? {
+                anyhow::ensure!(outcome.refused.is_empty(), "{outcome}");
+            }
+            anyhow::Ok(())
+        };
+        tokio::select! {
+            result = provisioned => result.context("cannot provision the streams")?,
+            () = shutdown.cancelled() => return Ok(()),
+        }
+        let gateways = (0..self.gateways).map(|n| self.gateway(ready, n)).collect();
+        let generators = [("even", self.even), ("odd", self.odd)]
+            .into_iter()
+            .flat_map(|(parity, count)| (0..count).map(move |n| (parity, n)))
+            .map(|(parity, n)| {
+                let args = ["--parity", parity, "--nats", &self.server_list()];
+                Spec::service(ready, "generator", format!("{parity}-{}", n + 1), args)
+            })
+            .collect();
+        let multipliers = (0..self.multipliers)
+            .map(|n| {
+                let args = ["--nats", &self.server_list()];
+                Spec::service(ready, "multiplier", format!("multiplier-{}", n + 1), args)
+            })
+            .collect();
+        for stage in [gateways, generators, multipliers] {
+            stages.push(Children::start(stage));
+        }
+        println!("{}", self.banner(ready));
+        Ok(())
+    }
+
+    fn servers(&self) -> Vec<ServerAddr> {
+        self.nats.clone().unwrap_or_else(|| {
+            let local = format!("nats://127.0.0.1:{}", self.nats_port);
+            local.parse().into_iter().collect()
+        })
+    }
+
+    fn server_list(&self) -> String {
+        let urls: Vec<_> = self
+            .servers()
+            .iter()
+            .map(|s| s.as_url_str().to_owned())
+            .collect();
+        urls.join(",")
+    }
+
+    fn monitoring_port(&self) -> u16 {
+        self.nats_port + 4000
+    }
+
+    /// Where the n-th gateway listens.
+    fn http(&self, n: u16) -> SocketAddr {
+        SocketAddr::new(self.http.ip(), self.http.port().saturating_add(n))
+    }
+
+    fn broker(&self, ready: &Ready) -> Spec {
+        let data = ready.data.to_string_lossy();
+        let args = [
+            "-c".to_owned(),
+            format!("{data}/nats-server.conf"),
+            "-sd".to_owned(),
+            data.into_owned(),
+            "-p".to_owned(),
+            self.nats_port.to_string(),
+            "-m".to_owned(),
+            self.monitoring_port().to_string(),
+        ];
+        Spec {
+            label: "nats".to_owned(),
+            program: self.nats_server.clone(),
+            args: args.into(),
+            // It says more than anybody wants to read while all is well.
+            hide: Some("[INF]"),
+        }
+    }
+
+    fn gateway(&self, ready: &Ready, n: u16) -> Spec {
+        let http = self.http(n).to_string();
+        let args = ["--http", &http, "--nats", &self.server_list()];
+        Spec::service(ready, "gateway", format!("gateway-{}", n + 1), args)
+    }
+
+    fn banner(&self, ready: &Ready) -> String {
+        let http = self.http;
+        let port = match (&self.nats, self.nats_port) {
+            (None, 4222) => String::new(),
+            _ => format!(" --server {}", self.server_list()),
+        };
+        let history = if self.nats.is_none() {
+            format!("in {}", ready.data.display())
+        } else {
+            "in the broker's store".to_owned()
+        };
+        let verify = ready.binaries.join("evenodd");
+        format!(
+            "\nEvenodd is running: {} even, {} odd, {} multipliers, {} gateways.\n\n  \
+             page      http://{http}/\n  \
+             numbers   curl http://{http}/numbers\n  \
+             live      nats{port} sub numbers.published\n  \
+             ticks     nats{port} sub ticks.done\n  \
+             history   {history}; check it with: {} verify --nats {}\n  \
+             stop      Ctrl-C\n",
+            self.even,
+            self.odd,
+            self.multipliers,
+            self.gateways,
+            verify.display(),
+            self.server_list(),
+        )
+    }
+}

@@ -1,0 +1,313 @@
+//! `evenodd verify`: reads the whole history and checks every message.
+
+use std::collections::{HashSet, VecDeque};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use contract::streams::{DUPLICATE_WINDOW, NUMBERS};
+use contract::{Product, Slot, SlotLength, odds};
+use indicatif::{ProgressBar, ProgressStyle};
+use runtime::connection;
+use runtime::history::{self, Entry, MAX_BATCH};
+use runtime::settings::NatsSettings;
+use time::OffsetDateTime;
+
+use crate::USER;
+
+/// Read the whole history and check every message
+///
+/// Exit status 0: no fault. Exit status 1: faults, each printed with its sequence.
+#[derive(Args, Clone, Debug)]
+pub struct Verify {
+    #[command(flatten)]
+    nats: NatsSettings,
+
+    /// The most faults to print; all are counted
+    #[arg(
+        long,
+        env = "EVENODD_MAX_FAULTS",
+        value_name = "N",
+        default_value = "1000"
+    )]
+    max_faults: usize,
+}
+
+impl Verify {
+    pub async fn run(self) -> anyhow::Result<ExitCode> {
+        let client = connection::connect(&self.nats, USER, "evenodd verify").await?;
+        anyhow::ensure!(
+            connection::wait_until_connected(&client, Duration::from_secs(10)).await,
+            "NATS is not reachable; give its address with --nats"
+        );
+        let info = async_nats::jetstream::new(client.clone())
+            .get_stream(NUMBERS)
+            .await
+            .with_context(|| format!("stream {NUMBERS}"))?
+            .cached_info()
+            .clone();
+        let last = info.state.last_sequence;
+
+        let progress = ProgressBar::new(last);
+        progress.set_style(ProgressStyle::with_template(
+            "{wide_bar} {pos}/{len} messages, {per_sec}, {eta} left",
+        )?);
+        let mut check = Check::new();
+        let mut shown = 0;
+        while check.next_sequence <= last {
+            let entries = history::read(&client, NUMBERS, check.next_sequence, MAX_BATCH).await?;
+            if entries.is_empty() {
+                check.hole(last + 1);
+            }
+            for entry in entries.iter().filter(|entry| entry.sequence <= last) {
+                check.message(entry);
+            }
+            let limit = self.max_faults.saturating_sub(shown);
+            for fault in check.faults.drain(..).take(limit) {
+                shown += 1;
+                progress.suspend(|| println!("{fault}"));
+            }
+            progress.set_position(check.next_sequence - 1);
+        }
+        progress.finish_and_clear();
+        println!("{}", check.summary());
+        Ok(if check.fault_count == 0 {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
+    }
+}
+
+/// How many slots without a publication are a time in which nothing ran, and are left out of the
+/// rate. Forty unpublished ticks in a row come by chance once in 10^19.
+const DOWNTIME_SLOTS: u64 = 40;
+
+/// How many slots back a message may come late: the outbox of one replica may be published when
+/// another has gone on, until the duplicate window is over.
+const LATE_SLOTS: u64 = DUPLICATE_WINDOW.as_secs() * 1000 / SlotLength::DEFAULT_MS;
+
+/// The state of the check between two messages.
+struct Check {
+    next_sequence: u64,
+    messages: u64,
+    first_time: Option<OffsetDateTime>,
+    last_time: Option<OffsetDateTime>,
+    newest_slot: Option<Slot>,
+    recent_slots: VecDeque<Slot>,
+    known_slots: HashSet<Slot>,
+    /// Slots between publications, without downtime.
+    slots: u64,
+    published: u64,
+    late: u64,
+    faults: Vec<String>,
+    fault_count: u64,
+}
+
+impl Check {
+    fn new() -> Self {
+        Self {
+            next_sequence: 1,
+            messages: 0,
+            first_time: None,
+            last_time: None,
+            newest_slot: None,
+            recent_slots: VecDeque::new(),
+            known_slots: HashSet::new(),
+            slots: 0,
+            published: 0,
+            late: 0,
+            faults: Vec::new(),
+            fault_count: 0,
+        }
+    }
+
+    fn fault(&mut self, sequence: u64, what: impl std::fmt::Display) {
+        self.fault_count += 1;
+        self.faults.push(format!("sequence {sequence}: {what}"));
+    }
+
+    /// The messages up to `next` are not there.
+    fn hole(&mut self, next: u64) {
+        let (first, last) = (self.next_sequence, next - 1);
+        self.fault(first, format_args!("missing up to sequence {last}"));
+        self.next_sequence = next;
+    }
+
+    fn message(&mut self, entry: &Entry) {
+        if entry.sequence > self.next_sequence {
+            self.hole(entry.sequence);
+        }
+        self.next_sequence = entry.sequence + 1;
+        self.messages += 1;
+        self.first_time.get_or_insert(entry.time);
+        if let Some(last) = self.last_time.filter(|&last| entry.time < last) {
+            self.fault(
+                entry.sequence,
+                format_args!(
+                    "its time {} is before that of the message before, {last}",
+                    entry.time
+                ),
+            );
+        }
+        self.last_time = Some(entry.time);
+        match Product::decode(&entry.payload) {
+            Ok(product) if product.is_above_threshold() => {}
+            Ok(product) => self.fault(
+                entry.sequence,
+                format_args!("{} is not above the threshold", product.number()),
+            ),
+            Err(error) => {
+                let payload = String::from_utf8_lossy(&entry.payload);
+                let payload: String = payload.chars().take(80).collect();
+                self.fault(entry.sequence, format_args!("{error}: {payload:?}"));
+            }
+        }
+        match entry.message_id.as_deref().map(str::parse) {
+            Some(Ok(slot)) => self.slot(entry.sequence, slot),
+            _ => self.fault(
+                entry.sequence,
+                format_args!("its Nats-Msg-Id {:?} is no slot", entry.message_id),
+            ),
+        }
+    }
+
+    fn slot(&mut self, sequence: u64, slot: Slot) {
+        if !self.known_slots.insert(slot) {
+            return self.fault(sequence, format_args!("slot {slot} was published before"));
+        }
+        // A slot further back than this is a fault in any case.
+        self.recent_slots.push_back(slot);
+        if self.recent_slots.len() as u64 > 2 * LATE_SLOTS
+            && let Some(old) = self.recent_slots.pop_front()
+        {
+            self.known_slots.remove(&old);
+        }
+        let Some(newest) = self.newest_slot else {
+            self.newest_slot = Some(slot);
+            return;
+        };
+        if slot < newest {
+            let back = newest.0 - slot.0;
+            if back > LATE_SLOTS {
+                return self.fault(
+                    sequence,
+                    format_args!("slot {slot} is {back} slots behind slot {newest}"),
+                );
+            }
+            self.late += 1;
+            self.published += 1;
+            return;
+        }
+        let passed = slot.0 - newest.0;
+        if passed <= DOWNTIME_SLOTS {
+            self.slots += passed;
+            self.published += 1;
+        }
+        self.newest_slot = Some(slot);
+    }
+
+    #[allow(clippy::cast_precision_loss)] // for people
+    fn summary(&self) -> String {
+        let expected = 100.0 * odds::publish_probability();
+        let (above, pairs) = odds::published_pairs();
+        let (published, slots) = (self.published as f64, self.slots.max(1) as f64);
+        let rate = 100.0 * published / slots;
+        let p = odds::publish_probability();
+        let deviations = (published - slots * p) / (slots * p * (1.0 - p)).sqrt();
+        let time = |time: Option<OffsetDateTime>| time.map_or("-".to_owned(), |t| t.to_string());
+        format!(
+            "messages   {}\n\
+             first      {}\n\
+             last       {}\n\
+             rate       {rate:.2} % of {} slots published; expected {expected:.2} % ({above}/{pairs}), {deviations:+.1} standard deviations\n\
+             late       {} (published after a newer slot, as allowed after an outage)\n\
+             faults     {}",
+            self.messages,
+            time(self.first_time),
+            time(self.last_time),
+            self.slots,
+            self.late,
+            self.fault_count,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(messages: &[(u64, u64, &str)]) -> Check {
+        let mut check = Check::new();
+        for &(sequence, slot, payload) in messages {
+            check.message(&Entry {
+                sequence,
+                time: OffsetDateTime::UNIX_EPOCH,
+                message_id: Some(slot.to_string()),
+                payload: payload.to_owned().into(),
+            });
+        }
+        check
+    }
+
+    const RIGHT: &str = r#"{"number":432306,"even":846,"odd":511}"#;
+
+    #[test]
+    fn a_right_history_has_no_fault() {
+        let check = check(&[(1, 1000, RIGHT), (2, 1002, RIGHT), (3, 1003, RIGHT)]);
+        assert_eq!((check.fault_count, check.slots, check.published), (0, 3, 2));
+    }
+
+    #[test]
+    fn every_kind_of_fault_is_found_with_its_sequence() {
+        for (what, messages) in [
+            (
+                "sequence 2: missing up to sequence 3",
+                [(1, 5000, RIGHT), (4, 5001, RIGHT)],
+            ),
+            (
+                "sequence 2: slot 5000 was published before",
+                [(1, 5000, RIGHT), (2, 5000, RIGHT)],
+            ),
+            (
+                "sequence 2: slot 7 is 4993 slots behind",
+                [(1, 5000, RIGHT), (2, 7, RIGHT)],
+            ),
+            (
+                "sequence 2: 6 is not above",
+                [
+                    (1, 5000, RIGHT),
+                    (2, 5001, r#"{"number":6,"even":2,"odd":3}"#),
+                ],
+            ),
+            (
+                "sequence 2: not a valid message",
+                [(1, 5000, RIGHT), (2, 5001, "hello")],
+            ),
+            (
+                "2 x 3 is 6, not 7",
+                [
+                    (1, 5000, RIGHT),
+                    (2, 5001, r#"{"number":7,"even":2,"odd":3}"#),
+                ],
+            ),
+        ] {
+            let check = check(&messages);
+            assert_eq!(check.fault_count, 1, "{:?}", check.faults);
+            assert!(check.faults[0].contains(what), "{:?}", check.faults);
+        }
+    }
+
+    #[test]
+    fn a_late_slot_is_counted_and_no_fault() {
+        let check = check(&[(1, 5000, RIGHT), (2, 5003, RIGHT), (3, 5001, RIGHT)]);
+        assert_eq!((check.fault_count, check.late), (0, 1));
+    }
+
+    #[test]
+    fn a_time_without_ticks_is_left_out_of_the_rate() {
+        let check = check(&[(1, 5000, RIGHT), (2, 5001, RIGHT), (3, 9000, RIGHT)]);
+        assert_eq!((check.slots, check.published), (1, 1));
+    }
+}

@@ -1,0 +1,193 @@
+//! Follows the stream, without a consumer: a live message is only a nudge to look, and what is
+//! new is read from the stream, in order (docs/adr/0003-the-gateway-reads-ahead.md).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use async_nats::{Client, Subscriber, jetstream};
+use contract::streams::NUMBERS;
+use contract::subjects;
+use futures::{FutureExt, StreamExt};
+use runtime::history::{self, Entry, MAX_BATCH};
+use time::OffsetDateTime;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::snapshot::{LAST, Number, Snapshot, State};
+
+/// How often to look without a nudge: one may be lost.
+const LOOK: Duration = Duration::from_secs(1);
+/// How often to make sure that the stream is still the same one.
+const IDENTITY: Duration = Duration::from_secs(5);
+/// A nudge may be quicker than the replica that is asked: it is asked again after these.
+const AGAIN: [Duration; 5] = [
+    Duration::from_millis(1),
+    Duration::from_millis(2),
+    Duration::from_millis(4),
+    Duration::from_millis(16),
+    Duration::from_millis(64),
+];
+/// How far back the start looks for 100 valid numbers among invalid messages.
+const MAX_BACK: u64 = 100_000;
+
+/// The task that keeps the state as new as the stream.
+pub struct Reader {
+    client: Client,
+    state: Arc<State>,
+    nudges: Subscriber,
+}
+
+impl Reader {
+    /// Listens for nudges.
+    ///
+    /// # Errors
+    /// If the connection was closed.
+    pub async fn new(client: Client, state: Arc<State>) -> anyhow::Result<Self> {
+        let nudges = client.subscribe(subjects::PUBLISHED).await?;
+        Ok(Self {
+            client,
+            state,
+            nudges,
+        })
+    }
+
+    /// Follows the stream for ever. What goes wrong is logged once, and tried again.
+    ///
+    /// # Errors
+    /// If the connection was closed for good.
+    pub async fn run(mut self) -> anyhow::Result<()> {
+        let mut failing = String::new();
+        loop {
+            let Err(error) = self.follow().await else {
+                anyhow::bail!("the connection to NATS was closed");
+            };
+            let error = format!("{error:#}");
+            if error != failing {
+                warn!("cannot read the history, trying again: {error}");
+                failing = error;
+            }
+            tokio::time::sleep(LOOK / 4).await;
+        }
+    }
+
+    /// Follows one stream until something goes wrong, or (`Ok`) the nudges end.
+    async fn follow(&mut self) -> anyhow::Result<()> {
+        let (created, _) = self.identity().await?;
+        let mut snapshot = match self.state.snapshot() {
+            // Read on after an interruption.
+            Some(snapshot) if snapshot.created == created => snapshot,
+            before => {
+                let start = Arc::new(self.start(created).await?);
+                if before.is_some() {
+                    warn!("the stream was made anew: starting over");
+                }
+                info!(last_seq = start.last_seq, "caught up with the history");
+                self.state.replace(start.clone());
+                start
+            }
+        };
+        let mut look = tokio::time::interval(LOOK);
+        let mut identity_at = Instant::now();
+        loop {
+            let nudged = tokio::select! {
+                nudge = self.nudges.next() => match nudge {
+                    // One look serves all that have come by now.
+                    Some(_) => {
+                        while let Some(Some(_)) = self.nudges.next().now_or_never() {}
+                        true
+                    }
+                    None => return Ok(()),
+                },
+                _ = look.tick() => false,
+            };
+            let before = snapshot.last_seq;
+            snapshot = self.read_on(snapshot).await?;
+            if nudged {
+                for pause in AGAIN {
+                    if snapshot.last_seq > before {
+                        break;
+                    }
+                    tokio::time::sleep(pause).await;
+                    snapshot = self.read_on(snapshot).await?;
+                }
+            }
+            self.state.confirm();
+            if identity_at.elapsed() >= IDENTITY {
+                identity_at = Instant::now();
+                let (now, last_seq) = self.identity().await?;
+                if now != created || last_seq < before {
+                    // The next round starts over if it is another stream; one that was put back
+                    // to an earlier state is treated as another one.
+                    let gone = Snapshot::empty(OffsetDateTime::UNIX_EPOCH);
+                    self.state.replace(Arc::new(gone));
+                    anyhow::bail!("the stream is not the one that was read");
+                }
+            }
+        }
+    }
+
+    /// When the stream was made, and its last sequence.
+    async fn identity(&self) -> anyhow::Result<(OffsetDateTime, u64)> {
+        let stream = jetstream::new(self.client.clone())
+            .get_stream(NUMBERS)
+            .await
+            .with_context(|| format!("stream {NUMBERS}"))?;
+        let info = stream.cached_info();
+        Ok((info.created, info.state.last_sequence))
+    }
+
+    /// The last 100 valid numbers of a stream that is read for the first time.
+    async fn start(&self, created: OffsetDateTime) -> anyhow::Result<Snapshot> {
+        let empty = Snapshot::empty(created);
+        let Some(last) = history::last(&self.client, NUMBERS, subjects::PUBLISHED).await? else {
+            return Ok(empty);
+        };
+        let last = last.sequence;
+        let mut back = LAST as u64;
+        loop {
+            let from = last.saturating_sub(back - 1).max(1);
+            let mut numbers = Vec::new();
+            let mut next = from;
+            while next <= last {
+                let entries = history::read(&self.client, NUMBERS, next, MAX_BATCH).await?;
+                let Some(end) = entries.last() else { break };
+                next = end.sequence + 1;
+                numbers.extend(valid(&entries));
+                // Of a long stretch only the end counts.
+                numbers.drain(..numbers.len().saturating_sub(LAST));
+            }
+            let snapshot = empty.with(numbers, next.saturating_sub(1).max(last));
+            if snapshot.len() == LAST || from == 1 || back >= MAX_BACK {
+                return Ok(snapshot);
+            }
+            back = (back * 10).min(MAX_BACK);
+        }
+    }
+
+    /// Reads what has come since, and lets everybody see it.
+    async fn read_on(&self, mut snapshot: Arc<Snapshot>) -> anyhow::Result<Arc<Snapshot>> {
+        loop {
+            let next = snapshot.last_seq + 1;
+            let entries = history::read(&self.client, NUMBERS, next, MAX_BATCH).await?;
+            let Some(end) = entries.last() else {
+                return Ok(snapshot);
+            };
+            snapshot = Arc::new(snapshot.with(valid(&entries), end.sequence));
+            self.state.replace(snapshot.clone());
+            if entries.len() < MAX_BATCH {
+                return Ok(snapshot);
+            }
+        }
+    }
+}
+
+/// The numbers that messages hold. A message that holds none is skipped, and never stops anybody.
+fn valid(entries: &[Entry]) -> Vec<Number> {
+    let decode = |entry| {
+        Number::from_entry(entry)
+            .inspect_err(|error| warn!(seq = entry.sequence, "skipped: {error:#}"))
+            .ok()
+    };
+    entries.iter().filter_map(decode).collect()
+}

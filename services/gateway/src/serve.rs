@@ -1,0 +1,90 @@
+//! The loop over connections. Made by hand because `warp::serve` has no timer: it would keep a
+//! client that never sends its request for ever (docs/adr/0005-a-serve-loop-of-our-own.md).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+use warp::filters::BoxedFilter;
+use warp::reply::Response;
+
+/// What one client, and all of them together, may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// How many connections are open at once; further ones wait in the listen queue.
+    pub connections: u32,
+    /// How long the head of a request may take, from the opening of the connection or the end of
+    /// the request before.
+    pub header_time: Duration,
+    /// How long open requests may take to finish after the shutdown.
+    pub drain: Duration,
+}
+
+/// The most that is buffered of a request: its head must fit.
+const MAX_BUFFER: usize = 16 * 1024;
+
+/// The pause after an accept that failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves until `shutdown`, then lets open requests finish within the bound.
+pub async fn serve(
+    listener: TcpListener,
+    routes: BoxedFilter<(Response,)>,
+    bounds: Bounds,
+    shutdown: CancellationToken,
+) {
+    let permits = Arc::new(Semaphore::new(bounds.connections as usize));
+    let open = GracefulShutdown::new();
+    let mut builder = http1::Builder::new();
+    builder
+        .timer(TokioTimer::new())
+        .header_read_timeout(bounds.header_time)
+        .max_buf_size(MAX_BUFFER);
+    loop {
+        let accept = async {
+            // The semaphore is never closed.
+            let permit = permits.clone().acquire_owned().await.ok();
+            (listener.accept().await, permit)
+        };
+        let (accepted, permit) = tokio::select! {
+            accepted = accept => accepted,
+            () = shutdown.cancelled() => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Most likely no file descriptor is left; connections that end free some.
+                warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // Without it, it is only slower.
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(warp::service(routes.clone()));
+        let connection = builder.serve_connection(TokioIo::new(stream), service);
+        let connection = open.watch(connection);
+        tokio::spawn(async move {
+            // A client that is slow, gone or wrong is no news for an operator.
+            if let Err(error) = connection.await {
+                debug!(%error, "connection");
+            }
+            drop(permit);
+        });
+    }
+    drop(listener);
+    let still_open = open.count();
+    if tokio::time::timeout(bounds.drain, open.shutdown())
+        .await
+        .is_err()
+    {
+        warn!(still_open, "connections were cut at the end of the drain");
+    }
+}
