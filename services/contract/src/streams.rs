@@ -45,6 +45,7 @@ pub fn ticks(replicas: usize) -> Config {
         name: TICKS.into(),
         description: Some("Claims of slots; only their deduplication matters".into()),
         subjects: vec![subjects::CLAIM.into()],
+        compression: Some(Compression::None),
         discard: DiscardPolicy::Old,
         max_messages: 1,
         ..unlimited(replicas)

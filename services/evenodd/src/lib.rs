@@ -37,7 +37,8 @@ enum Command {
 #[must_use]
 pub fn main() -> ExitCode {
     let cli: Cli = settings::parse();
-    telemetry::start(cli.log.log_format, &cli.log.log);
+    // Only what is wrong: a command's result is its output.
+    telemetry::start(&cli.log, "warn,async_nats=error");
     // One thread: a child gets its death signal when the thread that started it ends.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -222,8 +222,7 @@ impl Up {
         };
         let verify = ready.binaries.join("evenodd");
         format!(
-            "\nEvenodd is running: {} even, {} odd, {} multipliers, {} gateways.\n\n  \
-             page      http://{http}/\n  \
+            "\nEvenodd is running: {} x even, {} x odd, {} x multiplier, {} x gateway.\n\n  \
              numbers   curl http://{http}/numbers\n  \
              live      nats{port} sub numbers.published\n  \
              ticks     nats{port} sub ticks.done\n  \

@@ -27,7 +27,7 @@ pub trait Service: Parser {
 pub fn main<S: Service>() -> ExitCode {
     let service = settings::parse::<S>();
     let common = service.common().clone();
-    telemetry::start(common.log.log_format, &common.log.log);
+    telemetry::start(&common.log, "info,async_nats=warn");
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -53,27 +53,24 @@ pub fn main<S: Service>() -> ExitCode {
 async fn run_until_drained<S: Service>(service: S, common: CommonSettings) -> anyhow::Result<()> {
     let shutdown = shutdown_on_signal()?;
     let mut run = std::pin::pin!(service.run(shutdown.clone()));
-    tokio::select! {
-        biased;
-        result = &mut run, if !shutdown.is_cancelled() => {
-            result?;
-            anyhow::ensure!(shutdown.is_cancelled(), "the service ended by itself");
-            return Ok(());
-        }
-        () = shutdown.cancelled() => {}
-    }
-    let drain = common.drain_ms;
-    match tokio::time::timeout(drain, run).await {
-        Ok(result) => {
-            result?;
-            info!("stopped");
-            Ok(())
-        }
-        Err(_) => anyhow::bail!(
-            "stopped before everything was finished: --drain-ms allows {} ms",
-            drain.as_millis()
-        ),
-    }
+    let ended = tokio::select! {
+        result = &mut run => Some(result),
+        () = shutdown.cancelled() => None,
+    };
+    let result = match ended {
+        Some(result) => result,
+        None => match tokio::time::timeout(common.drain_ms, run).await {
+            Ok(result) => result,
+            Err(_) => anyhow::bail!(
+                "stopped before everything was finished: --drain-ms allows {} ms",
+                common.drain_ms.as_millis()
+            ),
+        },
+    };
+    result?;
+    anyhow::ensure!(shutdown.is_cancelled(), "the service ended by itself");
+    info!("stopped");
+    Ok(())
 }
 
 /// A token that the first SIGINT or SIGTERM cancels. The signals are taken from here on: neither

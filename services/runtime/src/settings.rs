@@ -58,8 +58,8 @@ pub struct LogSettings {
     pub log_format: LogFormat,
 
     /// What is logged: error, warn, info, debug, trace, or a list such as multiplier=debug,info
-    #[arg(long, global = true, env = "EVENODD_LOG", value_name = "FILTER", default_value = "info,async_nats=warn", value_parser = log_filter)]
-    pub log: String,
+    #[arg(long, global = true, env = "EVENODD_LOG", value_name = "FILTER", value_parser = log_filter)]
+    pub log: Option<String>,
 }
 
 fn log_filter(text: &str) -> Result<String, String> {

@@ -5,6 +5,8 @@ use std::io::IsTerminal;
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
 
+use crate::settings::LogSettings;
+
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -15,15 +17,16 @@ pub enum LogFormat {
     Json,
 }
 
-/// Starts logging. `filter` is in the syntax of `tracing`'s `EnvFilter`, such as `info` or
-/// `multiplier=debug,info`; it was validated with the settings.
-pub fn start(format: LogFormat, filter: &str) {
+/// Starts logging, with a filter in the syntax of `tracing`'s `EnvFilter` unless the settings have
+/// one.
+pub fn start(settings: &LogSettings, default_filter: &str) {
+    let filter = settings.log.as_deref().unwrap_or(default_filter);
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     // A second start in one process (tests) keeps the first.
-    let _ = match format {
+    let _ = match settings.log_format {
         LogFormat::Text => builder.with_target(false).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };
