@@ -93,7 +93,8 @@ fn with_port(command: &[String], port: i32) -> Vec<String> {
 }
 
 /// The nats-server that `nats/install` settles on.
-pub(crate) fn nats_server() -> &'static Path {
+#[must_use]
+pub fn nats_server() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
         let output = Command::new(repository().join("nats/install"))

@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, clippy::missing_panics_doc)]
 
 mod broker;
+pub mod http;
+mod pipeline;
 mod process;
 mod ticks;
 
@@ -16,7 +18,8 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 
-pub use broker::Broker;
+pub use broker::{Broker, nats_server};
+pub use pipeline::Pipeline;
 pub use process::Process;
 pub use ticks::Ticks;
 

@@ -2,4 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod gateway;
 mod generator;
+mod multiplier;
+mod outages;
+mod process;
+mod provisioning;
+mod up;

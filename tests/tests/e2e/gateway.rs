@@ -1,0 +1,272 @@
+//! Service 4.
+
+use std::time::{Duration, Instant};
+
+use contract::{Product, Slot, subjects};
+use runtime::jetstream;
+use tests::http::{get, request};
+use tests::{Broker, Pipeline, Process, Scratch, eventually};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+async fn publish(pipeline: &Pipeline, slot: u64) {
+    let payload = Product::new(846, 511).unwrap().encode();
+    store(pipeline, slot, &payload).await;
+}
+
+async fn store(pipeline: &Pipeline, slot: u64, payload: &[u8]) {
+    let timeout = Duration::from_secs(5);
+    let payload = payload.to_vec().into();
+    jetstream::publish(
+        &pipeline.client,
+        subjects::PUBLISHED,
+        Slot(slot),
+        payload,
+        timeout,
+    )
+    .await
+    .unwrap();
+}
+
+/// The sequences that `GET /numbers` has, once its last sequence is this one.
+async fn sequences(address: &str, last_seq: u64) -> Vec<u64> {
+    let read = async || {
+        let answer = get(address, "/numbers", &[]).await;
+        (answer.status == 200).then(|| answer.json())
+    };
+    eventually("the gateway has caught up", async || {
+        read()
+            .await
+            .is_some_and(|body| body["last_seq"] == last_seq)
+    })
+    .await;
+    let body = read().await.unwrap();
+    assert_eq!(body["stream"], "NUMBERS");
+    let numbers = body["numbers"].as_array().unwrap();
+    assert_eq!(body["count"], numbers.len());
+    numbers
+        .iter()
+        .map(|number| number["seq"].as_u64().unwrap())
+        .collect()
+}
+
+fn last_hundred(last: u64) -> Vec<u64> {
+    (1..=last).rev().take(100).collect()
+}
+
+#[tokio::test]
+async fn the_last_hundred_live_and_after_a_start() {
+    let pipeline = Pipeline::new().await;
+    let (_gateway, address) = pipeline.gateway().await;
+    assert_eq!(sequences(&address, 0).await, last_hundred(0));
+    let mut published = 0;
+    for count in [1, 99, 100, 101, 230] {
+        while published < count {
+            published += 1;
+            publish(&pipeline, published).await;
+        }
+        assert_eq!(sequences(&address, count).await, last_hundred(count));
+        let (_started_later, address) = pipeline.gateway().await;
+        assert_eq!(sequences(&address, count).await, last_hundred(count));
+    }
+}
+
+#[tokio::test]
+async fn invalid_payloads_are_skipped() {
+    let pipeline = Pipeline::new().await;
+    let (_gateway, address) = pipeline.gateway().await;
+    let invalid: [&[u8]; 6] = [
+        b"",
+        b"hello",
+        b"{}",
+        br#"{"number":7,"even":2,"odd":3}"#,
+        br#"{"number":6,"even":3,"odd":2}"#,
+        &[0xff; 2000],
+    ];
+    let mut expected = Vec::new();
+    for seq in 1..=420 {
+        // Two valid ones, then six others; at last a long stretch of others.
+        if seq % 8 < 2 && seq < 300 {
+            publish(&pipeline, seq).await;
+            expected.insert(0, seq);
+        } else {
+            store(&pipeline, seq, invalid[usize::try_from(seq).unwrap() % 6]).await;
+        }
+    }
+    expected.truncate(100);
+    assert_eq!(sequences(&address, 420).await, expected);
+    let (_started_later, address) = pipeline.gateway().await;
+    assert_eq!(sequences(&address, 420).await, expected);
+    let (status, output) = pipeline.evenodd(&["verify"]).await;
+    assert_eq!(status, Some(1), "{output}");
+    assert!(
+        output.contains("sequence 4: ") && output.contains("sequence 420: "),
+        "{output}"
+    );
+}
+
+#[tokio::test]
+async fn limits_kinds_and_errors() {
+    let pipeline = Pipeline::new().await;
+    for slot in 1..=3 {
+        publish(&pipeline, slot).await;
+    }
+    let (_gateway, address) = pipeline.gateway().await;
+    sequences(&address, 3).await;
+    let two = get(&address, "/numbers?limit=2", &[]).await;
+    assert_eq!(two.json()["numbers"].as_array().unwrap().len(), 2);
+    let newest = &two.json()["numbers"][0];
+    assert_eq!(newest["number"], 432_306);
+    assert_eq!(
+        (&newest["even"], &newest["odd"]),
+        (&846.into(), &511.into())
+    );
+    assert!(newest["published_at"].as_str().unwrap().ends_with('Z'));
+
+    let text = get(&address, "/numbers", &["Accept: text/plain"]).await;
+    assert_eq!(text.body, "432306\n432306\n432306\n");
+    let head = request(&address, "HEAD", "/numbers", &[]).await;
+    assert_eq!((head.status, head.body.as_str()), (200, ""));
+
+    for wrong in [
+        "limit=0",
+        "limit=101",
+        "limit=-1",
+        "limit=x",
+        "limit",
+        "limits=3",
+    ] {
+        let answer = get(&address, &format!("/numbers?{wrong}"), &[]).await;
+        assert_eq!(answer.status, 400, "{wrong}");
+        assert!(answer.head.contains("application/problem+json"));
+        assert!(
+            answer.json()["detail"].as_str().unwrap().contains("100"),
+            "{answer:?}"
+        );
+    }
+    assert_eq!(get(&address, "/nothing", &[]).await.status, 404);
+    let post = request(&address, "POST", "/numbers", &[]).await;
+    assert_eq!(post.status, 405);
+    assert!(post.head.contains("allow: get, head"));
+}
+
+#[tokio::test]
+async fn serves_what_it_has_while_the_broker_is_down() {
+    let mut pipeline = Pipeline::new().await;
+    for slot in 1..=5 {
+        publish(&pipeline, slot).await;
+    }
+    let (_gateway, address) = pipeline.gateway().await;
+    assert_eq!(sequences(&address, 5).await, last_hundred(5));
+    let readyz = async || get(&address, "/readyz", &[]).await.status;
+    eventually("ready", async || readyz().await == 200).await;
+    pipeline.broker.kill();
+    eventually("not ready", async || readyz().await == 503).await;
+    assert_eq!(get(&address, "/healthz", &[]).await.status, 200);
+    assert_eq!(sequences(&address, 5).await, last_hundred(5));
+    pipeline.broker.restart(&pipeline.scratch).await;
+    eventually("ready again", async || readyz().await == 200).await;
+    publish(&pipeline, 6).await;
+    assert_eq!(sequences(&address, 6).await, last_hundred(6));
+    // A frozen broker is noticed as well.
+    pipeline.broker.freeze();
+    eventually("not ready", async || readyz().await == 503).await;
+    pipeline.broker.thaw();
+    eventually("ready again", async || readyz().await == 200).await;
+}
+
+#[tokio::test]
+async fn starts_before_the_broker_and_the_stream() {
+    let scratch = Scratch::new();
+    let mut broker = Broker::start(&scratch).await;
+    let url = broker.url();
+    broker.kill();
+    let args = ["--nats", &url, "--http", "127.0.0.1:0"];
+    let mut gateway = Process::start(&scratch, "gateway", &args);
+    let line = gateway.wait_for("serving http://").await;
+    let address = line
+        .split("http://")
+        .nth(1)
+        .unwrap()
+        .split('/')
+        .next()
+        .unwrap();
+    assert_eq!(get(address, "/healthz", &[]).await.status, 200);
+    assert_eq!(get(address, "/readyz", &[]).await.status, 503);
+    assert_eq!(get(address, "/numbers", &[]).await.status, 503);
+    broker.restart(&scratch).await;
+    gateway.wait_for("cannot read the history").await;
+    let _provisioned = Pipeline::on(scratch, broker).await;
+    assert_eq!(sequences(address, 0).await, last_hundred(0));
+}
+
+#[tokio::test]
+async fn a_stream_that_was_made_anew_is_noticed() {
+    let pipeline = Pipeline::new().await;
+    for slot in 1..=5 {
+        publish(&pipeline, slot).await;
+    }
+    let (_gateway, address) = pipeline.gateway().await;
+    sequences(&address, 5).await;
+    let context = async_nats::jetstream::new(pipeline.client.clone());
+    context
+        .delete_stream(contract::streams::NUMBERS)
+        .await
+        .unwrap();
+    assert_eq!(pipeline.evenodd(&["provision"]).await.0, Some(0));
+    publish(&pipeline, 100).await;
+    assert_eq!(sequences(&address, 1).await, [1]);
+}
+
+#[tokio::test]
+async fn slow_and_silent_clients_are_cut() {
+    let pipeline = Pipeline::new().await;
+    let url = pipeline.broker.url();
+    let args = [
+        "--nats",
+        &url,
+        "--http",
+        "127.0.0.1:0",
+        "--header-ms",
+        "500",
+    ];
+    let mut gateway = Process::start(&pipeline.scratch, "gateway", &args);
+    let line = gateway.wait_for("serving http://").await;
+    let address = line
+        .split("http://")
+        .nth(1)
+        .unwrap()
+        .split('/')
+        .next()
+        .unwrap();
+    let silent = async {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.read_to_end(&mut Vec::new()).await
+    };
+    let dripping = async {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        for byte in b"GET /numbers HTTP/1.1\r\nHost: x\r\nX: "
+            .iter()
+            .chain([b'x'; 1000].iter())
+        {
+            if client.write_all(&[*byte]).await.is_err() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let idle = async {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client
+            .write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
+        client.read_to_end(&mut Vec::new()).await
+    };
+    let begun = Instant::now();
+    let _ = tokio::join!(silent, dripping, idle);
+    // The dripping one alone would have taken 50 s.
+    assert!(begun.elapsed() < Duration::from_secs(30));
+    let large = format!("X: {}", "x".repeat(20_000));
+    assert_eq!(get(address, "/healthz", &[&large]).await.status, 431);
+}

@@ -1,0 +1,187 @@
+//! The broker is killed, frozen, full; nothing acknowledged is lost and nothing is stored twice.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::Duration;
+
+use contract::streams::NUMBERS;
+use contract::{Outcome, Product, Slot, TickDone, subjects};
+use runtime::jetstream;
+use tests::{Broker, Pipeline, Scratch, Ticks, eventually, repository};
+use tokio::time::sleep;
+
+const SLOT_MS: u64 = 500;
+
+fn published(ticks: &[TickDone]) -> BTreeSet<Slot> {
+    let published = ticks
+        .iter()
+        .filter(|done| done.outcome == Outcome::Published);
+    published.map(|done| done.slot).collect()
+}
+
+async fn stored(pipeline: &Pipeline) -> Vec<Slot> {
+    let history = pipeline.history().await;
+    let slots = history
+        .iter()
+        .map(|entry| entry.message_id.as_ref().unwrap().parse().unwrap());
+    slots.collect()
+}
+
+/// Everything that a tick reported as published is in the history, and nothing is there twice.
+async fn assert_nothing_lost_or_doubled(pipeline: &Pipeline, ticks: &Ticks) {
+    let slots = stored(pipeline).await;
+    let unique: BTreeSet<Slot> = slots.iter().copied().collect();
+    assert_eq!(
+        unique.len(),
+        slots.len(),
+        "a slot was stored twice: {slots:?}"
+    );
+    let lost: Vec<_> = published(ticks.seen())
+        .difference(&unique)
+        .copied()
+        .collect();
+    assert!(lost.is_empty(), "acknowledged and lost: {lost:?}");
+    let doubled: Vec<_> = ticks
+        .irregular()
+        .into_iter()
+        .filter(|&(_, count)| count > 1)
+        .collect();
+    assert_eq!(doubled, [], "ticked twice");
+    pipeline.verify().await;
+}
+
+#[tokio::test]
+async fn a_broker_that_is_killed_and_restarted_at_once() {
+    let mut pipeline = Pipeline::new().await;
+    let _generators = pipeline.generators().await;
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    let _multipliers = [
+        pipeline.multiplier(SLOT_MS).await,
+        pipeline.multiplier(SLOT_MS).await,
+        pipeline.multiplier(SLOT_MS).await,
+    ];
+    for _ in 0..3 {
+        ticks.take(4).await;
+        pipeline.broker.kill();
+        pipeline.broker.restart(&pipeline.scratch).await;
+        ticks.until(|done| done.product.is_some()).await;
+        // From here on, each slot once again.
+        let mut after = Ticks::watch(&pipeline.client).await;
+        after.take(4).await;
+        assert!(after.irregular().is_empty(), "{:#?}", after.seen());
+    }
+    assert_nothing_lost_or_doubled(&pipeline, &ticks).await;
+}
+
+#[tokio::test]
+async fn a_broker_that_is_away_for_twenty_seconds() {
+    let mut pipeline = Pipeline::new().await;
+    let _generators = pipeline.generators().await;
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    let _multipliers = [
+        pipeline.multiplier(SLOT_MS).await,
+        pipeline.multiplier(SLOT_MS).await,
+    ];
+    ticks.until(|done| done.outcome == Outcome::Published).await;
+    pipeline.broker.kill();
+    sleep(Duration::from_secs(20)).await;
+    pipeline.broker.restart(&pipeline.scratch).await;
+    ticks.until(|done| done.outcome == Outcome::Published).await;
+    ticks.take(4).await;
+    assert_nothing_lost_or_doubled(&pipeline, &ticks).await;
+}
+
+#[tokio::test]
+async fn a_broker_that_is_frozen_for_a_while() {
+    let pipeline = Pipeline::new().await;
+    let _generators = pipeline.generators().await;
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    let _multipliers = [
+        pipeline.multiplier(SLOT_MS).await,
+        pipeline.multiplier(SLOT_MS).await,
+    ];
+    for frozen_ms in [300, 1500, 6000] {
+        ticks.until(|done| done.outcome == Outcome::Published).await;
+        pipeline.broker.freeze();
+        sleep(Duration::from_millis(frozen_ms)).await;
+        pipeline.broker.thaw();
+        ticks.until(|done| done.product.is_some()).await;
+        ticks.take(4).await;
+    }
+    assert_nothing_lost_or_doubled(&pipeline, &ticks).await;
+}
+
+/// A store without space refuses publications. They wait, and are published when there is space.
+#[tokio::test]
+async fn what_is_due_waits_while_the_disk_is_full() {
+    let scratch = Scratch::new();
+    let configuration = scratch.path("full.conf");
+    let normal = fs::read_to_string(repository().join("nats/single.conf")).unwrap();
+    let full = normal.replace("jetstream {", "jetstream {\n max_file_store: 2KB\n");
+    assert_ne!(normal, full);
+    fs::write(&configuration, full).unwrap();
+    let broker = Broker::start_with(&scratch, &configuration).await;
+    let mut pipeline = Pipeline::on(scratch, broker).await;
+    let _generators = pipeline.generators().await;
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    let mut multiplier = pipeline.multiplier(SLOT_MS).await;
+    // Claims fail as well now: the ticks go on without JetStream.
+    for _ in 0..3 {
+        ticks.until(|done| done.outcome == Outcome::Pending).await;
+    }
+    assert!(ticks.irregular().is_empty(), "{:?}", ticks.irregular());
+    let refused = multiplier.wait_for("not published yet").await;
+    assert!(refused.contains("insufficient"), "{refused}");
+    let due: BTreeSet<Slot> = ticks
+        .seen()
+        .iter()
+        .filter(|done| matches!(done.outcome, Outcome::Pending | Outcome::Published))
+        .map(|done| done.slot)
+        .collect();
+
+    pipeline.broker.kill();
+    fs::write(&configuration, normal).unwrap();
+    pipeline.broker.restart(&pipeline.scratch).await;
+    eventually("everything due is in the history", async || {
+        stored(&pipeline)
+            .await
+            .into_iter()
+            .collect::<BTreeSet<_>>()
+            .is_superset(&due)
+    })
+    .await;
+    multiplier.wait_for("published after all").await;
+    ticks.until(|done| done.outcome == Outcome::Published).await;
+    assert_nothing_lost_or_doubled(&pipeline, &ticks).await;
+}
+
+/// The acknowledgement got lost, and the broker was restarted since: the retry stores nothing.
+#[tokio::test]
+async fn a_retry_stores_nothing_twice() {
+    let mut pipeline = Pipeline::new().await;
+    let payload = Product::new(846, 511).unwrap().encode();
+    let publish = async |pipeline: &Pipeline, slot| {
+        let (client, payload) = (&pipeline.client, payload.clone().into());
+        let timeout = Duration::from_secs(5);
+        jetstream::publish(client, subjects::PUBLISHED, Slot(slot), payload, timeout).await
+    };
+    let first = publish(&pipeline, 1).await.unwrap();
+    assert!(!first.duplicate);
+    let retry = publish(&pipeline, 1).await.unwrap();
+    assert_eq!((retry.sequence, retry.duplicate), (first.sequence, true));
+    assert!(!publish(&pipeline, 2).await.unwrap().duplicate);
+
+    pipeline.broker.kill();
+    pipeline.broker.restart(&pipeline.scratch).await;
+    eventually("connected", async || {
+        runtime::connection::is_connected(&pipeline.client)
+    })
+    .await;
+    let retry = publish(&pipeline, 1).await.unwrap();
+    assert_eq!((retry.sequence, retry.duplicate), (first.sequence, true));
+    assert_eq!(
+        stored(&pipeline).await,
+        [Slot(1), Slot(2)],
+        "stream {NUMBERS}"
+    );
+}

@@ -1,0 +1,110 @@
+//! How processes start and stop.
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use contract::{Outcome, Parity};
+use tests::{Pipeline, Process, Scratch, Ticks};
+
+#[tokio::test]
+async fn sigterm_ends_every_service_with_status_0_and_loses_nothing() {
+    let pipeline = Pipeline::new().await;
+    let generators = pipeline.generators().await;
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    let mut multiplier = pipeline.multiplier(500).await;
+    let (mut gateway, _) = pipeline.gateway().await;
+    ticks.until(|done| done.outcome == Outcome::Published).await;
+    let begun = Instant::now();
+    assert!(
+        multiplier.terminate().await.success(),
+        "{}",
+        multiplier.log()
+    );
+    for mut generator in generators {
+        assert!(generator.terminate().await.success(), "{}", generator.log());
+    }
+    assert!(gateway.terminate().await.success(), "{}", gateway.log());
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    let published = ticks
+        .seen()
+        .iter()
+        .filter(|done| done.outcome == Outcome::Published);
+    assert!(pipeline.history().await.len() >= published.count());
+    pipeline.verify().await;
+}
+
+#[tokio::test]
+async fn sigterm_without_a_broker_ends_with_status_0_too() {
+    let mut pipeline = Pipeline::new().await;
+    let generator = pipeline.generator(Parity::Even).await;
+    let multiplier = pipeline.multiplier(500).await;
+    let (gateway, _) = pipeline.gateway().await;
+    pipeline.broker.kill();
+    for mut service in [generator, multiplier, gateway] {
+        service.wait_for("disconnected").await;
+        assert!(service.terminate().await.success(), "{}", service.log());
+    }
+}
+
+#[tokio::test]
+async fn wrong_settings_are_all_named_with_status_2() {
+    let scratch = Scratch::new();
+    let wrong = [
+        "--drain-ms",
+        "1",
+        "--log-format",
+        "xml",
+        "--nats",
+        ":",
+        "--colour",
+    ];
+    for (binary, own) in [
+        ("generator", ["--parity", "prime"]),
+        ("multiplier", ["--slot-ms", "0"]),
+        ("gateway", ["--http", "here"]),
+    ] {
+        let mut process = Process::start(&scratch, binary, &[&wrong[..], &own].concat());
+        assert_eq!(process.wait().await.code(), Some(2));
+        let log = process.log();
+        for flag in ["--drain-ms", "--log-format", "--nats", "--colour", own[0]] {
+            assert!(log.contains(flag), "{binary} does not name {flag}: {log}");
+        }
+    }
+    let mut missing = Process::start(&scratch, "generator", &["--drain-ms", "1"]);
+    assert_eq!(missing.wait().await.code(), Some(2));
+    assert!(missing.log().contains("--drain-ms") && missing.log().contains("--parity"));
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_is_a_clear_error() {
+    let scratch = Scratch::new();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let mut gateway = Process::start(&scratch, "gateway", &["--http", &address]);
+    assert_eq!(gateway.wait().await.code(), Some(1));
+    let log = gateway.log();
+    assert!(log.contains(&address) && log.contains("--http"), "{log}");
+}
+
+#[tokio::test]
+async fn logs_are_json_when_asked_for() {
+    let scratch = Scratch::new();
+    let args = [
+        "--parity",
+        "odd",
+        "--log-format",
+        "json",
+        "--nats",
+        "nats://127.0.0.1:9",
+    ];
+    let mut generator = Process::start(&scratch, "generator", &args);
+    generator.wait_for("answering").await;
+    assert!(generator.terminate().await.success());
+    for line in generator.log().lines() {
+        let event: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert!(
+            event["level"].is_string() && event["message"].is_string(),
+            "{line}"
+        );
+    }
+}

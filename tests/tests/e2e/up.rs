@@ -1,0 +1,143 @@
+//! `evenodd up`, as `make run` calls it.
+
+use std::fs;
+use std::net::TcpListener;
+
+use nix::sys::signal::Signal;
+use tests::http::get;
+use tests::{Process, Scratch, Ticks, eventually, nats_server};
+
+struct Up {
+    process: Process,
+    nats: String,
+    http: String,
+}
+
+/// A port that nobody listens on, nor on the one 4000 above it.
+fn free_port() -> u16 {
+    loop {
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        if port <= 61_535 && TcpListener::bind(("127.0.0.1", port + 4000)).is_ok() {
+            return port;
+        }
+    }
+}
+
+fn start(scratch: &Scratch, nats_port: u16, http_port: u16) -> Up {
+    let (data, http) = (scratch.path("data"), format!("127.0.0.1:{http_port}"));
+    let args = [
+        "up",
+        "--nats-server",
+        nats_server().to_str().unwrap(),
+        "--data",
+        data.to_str().unwrap(),
+        "--nats-port",
+        &nats_port.to_string(),
+        "--http",
+        &http,
+    ];
+    Up {
+        process: Process::start(scratch, "evenodd", &args),
+        nats: format!("nats://127.0.0.1:{nats_port}"),
+        http,
+    }
+}
+
+async fn last_seq(up: &Up) -> u64 {
+    get(&up.http, "/numbers", &[]).await.json()["last_seq"]
+        .as_u64()
+        .unwrap()
+}
+
+#[tokio::test]
+async fn runs_restarts_what_dies_and_continues_the_history() {
+    let scratch = Scratch::new();
+    let (nats_port, http_port) = (free_port(), free_port());
+    let mut up = start(&scratch, nats_port, http_port);
+    up.process.wait_for("Evenodd is running").await;
+    eventually("numbers come", async || {
+        up.process.log().contains("serving http") && last_seq(&up).await >= 2
+    })
+    .await;
+
+    // One child after the other is killed: each is started again, and no slot is missed.
+    let client = async_nats::connect(&up.nats).await.unwrap();
+    let mut ticks = Ticks::watch(&client).await;
+    for binary in ["generator", "multiplier", "gateway"] {
+        ticks.next().await;
+        let pid = children(up.process.pid(), binary)[0];
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        ticks.take(3).await;
+    }
+    assert!(ticks.irregular().is_empty(), "{:?}", ticks.irregular());
+    assert_eq!(up.process.log().matches("starting it again").count(), 3);
+    eventually("the gateway is back", async || {
+        tokio::net::TcpStream::connect(&up.http).await.is_ok()
+    })
+    .await;
+
+    // A second one finds everything taken, and says all of it at once.
+    let mut second = start(&scratch, nats_port, http_port);
+    assert_eq!(second.process.wait().await.code(), Some(1));
+    let log = second.process.log();
+    for fault in ["--http", "--nats-port", "--data"] {
+        assert!(log.contains(fault), "{fault}: {log}");
+    }
+
+    up.process.signal(Signal::SIGINT);
+    assert!(up.process.wait().await.success(), "{}", up.process.log());
+    let mut up = start(&scratch, nats_port, http_port);
+    up.process.wait_for("caught up").await;
+    let before = last_seq(&up).await;
+    assert!(before >= 2);
+    eventually("the history goes on", async || last_seq(&up).await > before).await;
+    let mut verify = Process::start(&scratch, "evenodd", &["verify", "--nats", &up.nats]);
+    assert!(verify.wait().await.success(), "{}", verify.log());
+    assert!(up.process.terminate().await.success());
+}
+
+/// The processes with this name that a process has started.
+fn children(parent: u32, name: &str) -> Vec<i32> {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let children = processes.filter_map(|process| {
+        let pid = process.file_name().to_str()?.parse().ok()?;
+        let stat = fs::read_to_string(process.path().join("stat")).ok()?;
+        let (before, after) = stat.rsplit_once(") ")?;
+        let is_child = after.split(' ').nth(1)? == parent.to_string();
+        (is_child && before.ends_with(name)).then_some(pid)
+    });
+    children.collect()
+}
+
+#[tokio::test]
+async fn every_obstacle_is_named_before_anything_starts() {
+    let scratch = Scratch::new();
+    fs::write(scratch.path("file"), "").unwrap();
+    let old = scratch.path("old-nats-server");
+    fs::write(&old, "#!/bin/sh\necho nats-server: v2.9.10\n").unwrap();
+    fs::set_permissions(&old, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let args = [
+        "up",
+        "--nats-server",
+        old.to_str().unwrap(),
+        "--data",
+        scratch.path("file").to_str().unwrap(),
+        "--nats-port",
+        &free_port().to_string(),
+        "--http",
+        &taken.local_addr().unwrap().to_string(),
+    ]
+    .map(str::to_owned);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let mut up = Process::start(&scratch, "evenodd", &args);
+    assert_eq!(up.wait().await.code(), Some(1));
+    let log = up.log();
+    for fault in ["version 2.9.10", "data directory", "--http"] {
+        assert!(log.contains(fault), "{fault}: {log}");
+    }
+}
