@@ -1,6 +1,7 @@
 //! Watching `ticks.done`.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use async_nats::{Client, Subscriber};
 use contract::{Slot, TickDone, subjects};
@@ -55,6 +56,15 @@ impl Ticks {
                 return done;
             }
         }
+    }
+
+    /// Everything that came by now, after the ticking has stopped.
+    pub async fn all_so_far(&mut self) -> &[TickDone] {
+        let quiet = Duration::from_millis(300);
+        while let Ok(Some(message)) = tokio::time::timeout(quiet, self.records.next()).await {
+            self.seen.push(TickDone::decode(&message.payload).unwrap());
+        }
+        &self.seen
     }
 
     /// Everything seen so far.
