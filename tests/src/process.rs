@@ -17,34 +17,55 @@ pub struct Process {
     log: PathBuf,
     /// What to start again.
     command: Vec<String>,
+    variables: Vec<(&'static str, &'static str)>,
 }
 
 impl Process {
     /// Starts one of the project's binaries, its output going to a file in `scratch`.
     pub fn start(scratch: &Scratch, binary: &str, args: &[&str]) -> Self {
+        Self::start_with(scratch, binary, args, &[])
+    }
+
+    /// The same with variables in its environment.
+    pub fn start_with(
+        scratch: &Scratch,
+        binary: &str,
+        args: &[&str],
+        variables: &[(&'static str, &'static str)],
+    ) -> Self {
         let path = binaries().join(binary);
         let mut command = vec![path.to_str().unwrap().to_owned()];
         command.extend(args.iter().map(ToString::to_string));
-        Self::start_command(scratch, binary, command)
+        Self::spawn(scratch, binary, command, variables.to_vec())
     }
 
     pub(crate) fn start_command(scratch: &Scratch, name: &str, command: Vec<String>) -> Self {
+        Self::spawn(scratch, name, command, Vec::new())
+    }
+
+    fn spawn(
+        scratch: &Scratch,
+        name: &str,
+        command: Vec<String>,
+        variables: Vec<(&'static str, &'static str)>,
+    ) -> Self {
         let log = (0..)
             .map(|n| scratch.path(&format!("{name}-{n}.log")))
             .find(|path| !path.exists())
             .unwrap();
-        let child = spawn(&command, &log);
+        let child = spawn(&command, &variables, &log);
         Self {
             child,
             log,
             command,
+            variables,
         }
     }
 
     /// Starts the same command again, after the process has ended.
     pub fn start_again(&mut self) {
         assert!(self.exit_status().is_some(), "it is still running");
-        self.child = spawn(&self.command, &self.log);
+        self.child = spawn(&self.command, &self.variables, &self.log);
     }
 
     /// The process id.
@@ -131,7 +152,7 @@ impl Drop for Process {
     }
 }
 
-fn spawn(command: &[String], log: &Path) -> Child {
+fn spawn(command: &[String], variables: &[(&str, &str)], log: &Path) -> Child {
     let log = File::options().create(true).append(true).open(log).unwrap();
     let mut child = Command::new(&command[0]);
     for (name, _) in std::env::vars_os() {
@@ -141,6 +162,7 @@ fn spawn(command: &[String], log: &Path) -> Child {
     }
     child
         .args(&command[1..])
+        .envs(variables.iter().copied())
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)

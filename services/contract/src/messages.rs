@@ -287,7 +287,6 @@ impl TickDone {
 }
 
 /// These types hold integers, strings and options of them: writing them cannot fail.
-#[allow(clippy::expect_used)]
 fn encode(message: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(message).expect("a message without maps always serialises")
 }

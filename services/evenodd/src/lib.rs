@@ -46,7 +46,7 @@ pub fn main() -> ExitCode {
     let result = runtime.map_err(Into::into).and_then(|runtime| {
         runtime.block_on(async {
             match cli.command {
-                Command::Up(up) => up.run().await,
+                Command::Up(up) => up.run(&cli.log).await,
                 Command::Provision(provision) => provision.run().await,
                 Command::Verify(verify) => verify.run().await,
             }

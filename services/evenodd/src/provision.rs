@@ -27,7 +27,7 @@ pub struct Provision {
     #[command(flatten)]
     nats: NatsSettings,
 
-    /// How many servers keep each stream: 1 on one machine, 3 in a cluster
+    /// How many servers keep each stream, at least: 1 on one machine, 3 in a cluster
     #[arg(long, env = "EVENODD_REPLICAS", value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=5))]
     replicas: u8,
 
@@ -160,6 +160,11 @@ async fn provision_stream(context: &Context, wanted: &Config) -> anyhow::Result<
             }
             _ => bail!(NotYet(error.to_string())),
         },
+    };
+    // More replicas than asked for are no fault.
+    let wanted = &Config {
+        num_replicas: wanted.num_replicas.max(has.num_replicas),
+        ..wanted.clone()
     };
     let (applied, refused) = differences(&has, wanted)?
         .into_iter()

@@ -3,6 +3,7 @@
 mod child;
 mod preflight;
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,11 +13,12 @@ use anyhow::Context;
 use async_nats::ServerAddr;
 use clap::Args;
 use runtime::connection;
-use runtime::settings::NatsSettings;
+use runtime::settings::{LogSettings, NatsSettings};
+use runtime::telemetry::LogFormat;
 use tokio_util::sync::CancellationToken;
 
 use crate::{USER, provision};
-use child::{Children, Spec};
+use child::{Children, DRAIN, Spec};
 use preflight::Ready;
 
 /// The broker's configuration; ports and directories come from its command line.
@@ -86,7 +88,7 @@ pub struct Up {
 }
 
 impl Up {
-    pub async fn run(self) -> anyhow::Result<ExitCode> {
+    pub async fn run(self, log: &LogSettings) -> anyhow::Result<ExitCode> {
         let ready = match preflight::check(&self).await {
             Ok(ready) => ready,
             Err(faults) => {
@@ -99,7 +101,7 @@ impl Up {
         let shutdown = runtime::shutdown_on_signal()?;
         // The order to stop in: nobody loses what it needs before it has stopped itself.
         let mut stages = Vec::new();
-        let result = self.start(&ready, &shutdown, &mut stages).await;
+        let result = self.start(&ready, log, &shutdown, &mut stages).await;
         if result.is_ok() {
             shutdown.cancelled().await;
         }
@@ -113,6 +115,7 @@ impl Up {
     async fn start(
         &self,
         ready: &Ready,
+        log: &LogSettings,
         shutdown: &CancellationToken,
         stages: &mut Vec<Children>,
     ) -> anyhow::Result<()> {
@@ -135,25 +138,32 @@ impl Up {
             result = provisioned => result.context("cannot provision the streams")?,
             () = shutdown.cancelled() => return Ok(()),
         }
-        let gateways = (0..self.gateways).map(|n| self.gateway(ready, n)).collect();
-        let generators = [("even", self.even), ("odd", self.odd)]
-            .into_iter()
-            .flat_map(|(parity, count)| (0..count).map(move |n| (parity, n)))
-            .map(|(parity, n)| {
-                let args = ["--parity", parity, "--nats", &self.server_list()];
-                Spec::service(ready, "generator", format!("{parity}-{}", n + 1), args)
+        let service = |binary, label, n: u16, own: &[&str]| {
+            let mut args = self.common_args(log);
+            args.extend(own.iter().map(ToString::to_string));
+            Spec::service(ready, binary, format!("{label}-{}", n + 1), args)
+        };
+        let gateways = (0..self.gateways)
+            .map(|n| {
+                service(
+                    "gateway",
+                    "gateway",
+                    n,
+                    &["--http", &self.http(n).to_string()],
+                )
             })
             .collect();
+        let even = (0..self.even).map(|n| service("generator", "even", n, &["--parity", "even"]));
+        let odd = (0..self.odd).map(|n| service("generator", "odd", n, &["--parity", "odd"]));
+        let generators = even.chain(odd).collect();
         let multipliers = (0..self.multipliers)
-            .map(|n| {
-                let args = ["--nats", &self.server_list()];
-                Spec::service(ready, "multiplier", format!("multiplier-{}", n + 1), args)
-            })
+            .map(|n| service("multiplier", "multiplier", n, &[]))
             .collect();
         for stage in [gateways, generators, multipliers] {
             stages.push(Children::start(stage));
         }
-        println!("{}", self.banner(ready));
+        // Nobody may be reading.
+        let _ = writeln!(std::io::stdout(), "{}", self.banner(ready));
         Ok(())
     }
 
@@ -200,13 +210,25 @@ impl Up {
             args: args.into(),
             // It says more than anybody wants to read while all is well.
             hide: Some("[INF]"),
+            holds: ready.lock.clone(),
         }
     }
 
-    fn gateway(&self, ready: &Ready, n: u16) -> Spec {
-        let http = self.http(n).to_string();
-        let args = ["--http", &http, "--nats", &self.server_list()];
-        Spec::service(ready, "gateway", format!("gateway-{}", n + 1), args)
+    /// What every service is told.
+    fn common_args(&self, log: &LogSettings) -> Vec<String> {
+        let mut args = vec![
+            "--nats".to_owned(),
+            self.server_list(),
+            "--drain-ms".to_owned(),
+            DRAIN.as_millis().to_string(),
+        ];
+        if let Some(filter) = &log.log {
+            args.extend(["--log".to_owned(), filter.clone()]);
+        }
+        if log.log_format == LogFormat::Json {
+            args.extend(["--log-format".to_owned(), "json".to_owned()]);
+        }
+        args
     }
 
     fn banner(&self, ready: &Ready) -> String {

@@ -1,6 +1,7 @@
 //! `evenodd verify`: reads the whole history and checks every message.
 
 use std::collections::{HashSet, VecDeque};
+use std::num::NonZeroU64;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use contract::streams::{DUPLICATE_WINDOW, NUMBERS};
 use contract::{Product, Slot, SlotLength, odds};
 use indicatif::{ProgressBar, ProgressStyle};
 use runtime::connection;
-use runtime::history::{self, Entry, MAX_BATCH};
+use runtime::history::{self, Entry, MAX_BATCH, ReadError};
 use runtime::settings::NatsSettings;
 use time::OffsetDateTime;
 
@@ -32,6 +33,28 @@ pub struct Verify {
         default_value = "1000"
     )]
     max_faults: usize,
+
+    /// The length of a slot in milliseconds; only tests have another one
+    #[arg(
+        long,
+        env = "EVENODD_SLOT_MS",
+        value_name = "MS",
+        default_value = "500",
+        hide = true
+    )]
+    slot_ms: NonZeroU64,
+}
+
+/// The next messages. A replica that is behind has none for a moment, and is asked again.
+async fn read(client: &async_nats::Client, from: u64) -> Result<Vec<Entry>, ReadError> {
+    for _ in 0..10 {
+        let entries = history::read(client, NUMBERS, from, MAX_BATCH).await?;
+        if !entries.is_empty() {
+            return Ok(entries);
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    Ok(Vec::new())
 }
 
 impl Verify {
@@ -53,10 +76,10 @@ impl Verify {
         progress.set_style(ProgressStyle::with_template(
             "{wide_bar} {pos}/{len} messages, {per_sec}, {eta} left",
         )?);
-        let mut check = Check::new();
+        let mut check = Check::new(self.slot_ms);
         let mut shown = 0;
         while check.next_sequence <= last {
-            let entries = history::read(&client, NUMBERS, check.next_sequence, MAX_BATCH).await?;
+            let entries = read(&client, check.next_sequence).await?;
             if entries.is_empty() {
                 check.hole(last + 1);
             }
@@ -88,8 +111,12 @@ const DOWNTIME_SLOTS: u64 = 40;
 /// another has gone on, until the duplicate window is over.
 const LATE_SLOTS: u64 = DUPLICATE_WINDOW.as_secs() * 1000 / SlotLength::DEFAULT_MS;
 
+/// How far the clock of a multiplier may be ahead of the broker's.
+const CLOCK_SKEW: Duration = Duration::from_secs(60);
+
 /// The state of the check between two messages.
 struct Check {
+    slot_ms: NonZeroU64,
     next_sequence: u64,
     messages: u64,
     first_time: Option<OffsetDateTime>,
@@ -106,8 +133,9 @@ struct Check {
 }
 
 impl Check {
-    fn new() -> Self {
+    fn new(slot_ms: NonZeroU64) -> Self {
         Self {
+            slot_ms,
             next_sequence: 1,
             messages: 0,
             first_time: None,
@@ -165,7 +193,7 @@ impl Check {
             }
         }
         match entry.message_id.as_deref().map(str::parse) {
-            Some(Ok(slot)) => self.slot(entry.sequence, slot),
+            Some(Ok(slot)) => self.slot(entry, slot),
             _ => self.fault(
                 entry.sequence,
                 format_args!("its Nats-Msg-Id {:?} is no slot", entry.message_id),
@@ -173,7 +201,17 @@ impl Check {
         }
     }
 
-    fn slot(&mut self, sequence: u64, slot: Slot) {
+    fn slot(&mut self, entry: &Entry, slot: Slot) {
+        let sequence = entry.sequence;
+        // A slot that cannot be must not become the one that others are compared with.
+        let begins_ms = i128::from(slot.0) * i128::from(self.slot_ms.get());
+        let stored_ms = entry.time.unix_timestamp_nanos() / 1_000_000;
+        if begins_ms > stored_ms + i128::from(CLOCK_SKEW.as_secs()) * 1000 {
+            return self.fault(
+                sequence,
+                format_args!("slot {slot} was not yet when it was stored"),
+            );
+        }
         if !self.known_slots.insert(slot) {
             return self.fault(sequence, format_args!("slot {slot} was published before"));
         }
@@ -197,7 +235,6 @@ impl Check {
                 );
             }
             self.late += 1;
-            self.published += 1;
             return;
         }
         let passed = slot.0 - newest.0;
@@ -239,11 +276,11 @@ mod tests {
     use super::*;
 
     fn check(messages: &[(u64, u64, &str)]) -> Check {
-        let mut check = Check::new();
+        let mut check = Check::new(NonZeroU64::new(500).unwrap());
         for &(sequence, slot, payload) in messages {
             check.message(&Entry {
                 sequence,
-                time: OffsetDateTime::UNIX_EPOCH,
+                time: OffsetDateTime::UNIX_EPOCH + Duration::from_secs(5000),
                 message_id: Some(slot.to_string()),
                 payload: payload.to_owned().into(),
             });
@@ -286,6 +323,17 @@ mod tests {
                 [(1, 5000, RIGHT), (2, 5001, "hello")],
             ),
             (
+                "sequence 2: slot 99999 was not yet",
+                [(1, 5000, RIGHT), (2, 99_999, RIGHT)],
+            ),
+            (
+                "1001 is not an odd number",
+                [
+                    (1, 5000, RIGHT),
+                    (2, 5001, r#"{"number":2002,"even":2,"odd":1001}"#),
+                ],
+            ),
+            (
                 "2 x 3 is 6, not 7",
                 [
                     (1, 5000, RIGHT),
@@ -297,6 +345,20 @@ mod tests {
             assert_eq!(check.fault_count, 1, "{:?}", check.faults);
             assert!(check.faults[0].contains(what), "{:?}", check.faults);
         }
+    }
+
+    #[test]
+    fn a_time_that_goes_back_and_a_missing_slot_are_faults() {
+        let mut check = check(&[(1, 5000, RIGHT)]);
+        check.message(&Entry {
+            sequence: 2,
+            time: OffsetDateTime::UNIX_EPOCH + Duration::from_secs(4999),
+            message_id: None,
+            payload: RIGHT.into(),
+        });
+        assert_eq!(check.fault_count, 2, "{:?}", check.faults);
+        assert!(check.faults[0].contains("before that of the message before"));
+        assert!(check.faults[1].contains("Nats-Msg-Id None is no slot"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Service 4: an HTTP server that reads the history ahead of its clients.
 //!
-//! [`reader`] follows the stream and makes a [`snapshot`] of the last 100 numbers for every new
-//! message; [`routes`] answers from the snapshot alone; [`serve`] is the loop over connections.
+//! `reader` follows the stream and makes a `snapshot` of the last 100 numbers for every new
+//! message; `routes` answers from the snapshot alone; `serve` is the loop over connections.
 //! A request never waits for the broker.
 
 mod problem;

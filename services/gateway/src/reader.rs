@@ -36,6 +36,8 @@ pub struct Reader {
     client: Client,
     state: Arc<State>,
     nudges: Subscriber,
+    /// What is going wrong, so that it is logged once; empty while all is well.
+    fault: String,
 }
 
 impl Reader {
@@ -49,6 +51,7 @@ impl Reader {
             client,
             state,
             nudges,
+            fault: String::new(),
         })
     }
 
@@ -57,15 +60,14 @@ impl Reader {
     /// # Errors
     /// If the connection was closed for good.
     pub async fn run(mut self) -> anyhow::Result<()> {
-        let mut failing = String::new();
         loop {
             let Err(error) = self.follow().await else {
                 anyhow::bail!("the connection to NATS was closed");
             };
             let error = format!("{error:#}");
-            if error != failing {
+            if error != self.fault {
                 warn!("cannot read the history, trying again: {error}");
-                failing = error;
+                self.fault = error;
             }
             tokio::time::sleep(LOOK / 4).await;
         }
@@ -73,17 +75,19 @@ impl Reader {
 
     /// Follows one stream until something goes wrong, or (`Ok`) the nudges end.
     async fn follow(&mut self) -> anyhow::Result<()> {
-        let (created, _) = self.identity().await?;
+        let (created, last_seq) = self.identity().await?;
         let mut snapshot = match self.state.snapshot() {
             // Read on after an interruption.
-            Some(snapshot) if snapshot.created == created => snapshot,
+            Some(snapshot) if snapshot.created == created && snapshot.last_seq <= last_seq => {
+                snapshot
+            }
             before => {
                 let start = Arc::new(self.start(created).await?);
                 if before.is_some() {
-                    warn!("the stream was made anew: starting over");
+                    warn!("the stream is not the one that was read: starting over");
                 }
-                info!(last_seq = start.last_seq, "caught up with the history");
                 self.state.replace(start.clone());
+                info!(last_seq = start.last_seq, "caught up with the history");
                 start
             }
         };
@@ -113,16 +117,18 @@ impl Reader {
                 }
             }
             self.state.confirm();
+            if !self.fault.is_empty() {
+                info!(last_seq = snapshot.last_seq, "the history is read again");
+                self.fault.clear();
+            }
             if identity_at.elapsed() >= IDENTITY {
                 identity_at = Instant::now();
                 let (now, last_seq) = self.identity().await?;
-                if now != created || last_seq < before {
-                    // The next round starts over if it is another stream; one that was put back
-                    // to an earlier state is treated as another one.
-                    let gone = Snapshot::empty(OffsetDateTime::UNIX_EPOCH);
-                    self.state.replace(Arc::new(gone));
-                    anyhow::bail!("the stream is not the one that was read");
-                }
+                // Made anew, or put back to an earlier state: the next round starts over.
+                anyhow::ensure!(
+                    now == created && last_seq >= before,
+                    "the stream is not the one that was read"
+                );
             }
         }
     }
@@ -184,10 +190,21 @@ impl Reader {
 
 /// The numbers that messages hold. A message that holds none is skipped, and never stops anybody.
 fn valid(entries: &[Entry]) -> Vec<Number> {
-    let decode = |entry| {
-        Number::from_entry(entry)
-            .inspect_err(|error| warn!(seq = entry.sequence, "skipped: {error:#}"))
-            .ok()
-    };
-    entries.iter().filter_map(decode).collect()
+    let mut invalid = 0;
+    let mut numbers = Vec::with_capacity(entries.len());
+    for entry in entries {
+        match Number::from_entry(entry) {
+            Ok(number) => numbers.push(number),
+            Err(error) => {
+                invalid += 1;
+                if invalid == 1 {
+                    warn!(seq = entry.sequence, "skipped: {error:#}");
+                }
+            }
+        }
+    }
+    if invalid > 1 {
+        warn!(invalid, "messages without a number were skipped");
+    }
+    numbers
 }

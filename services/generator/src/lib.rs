@@ -67,7 +67,7 @@ impl Service for Settings {
             tokio::select! {
                 () = shutdown.cancelled(), if !leaving => {
                     leaving = true;
-                    requests.leave().await;
+                    requests.leave(self.common.drain_ms.mul_f64(0.6)).await;
                 }
                 request = requests.next() => match request {
                     Some(request) => answer(&client, parity, request, &micro.counters).await,

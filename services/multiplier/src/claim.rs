@@ -6,7 +6,7 @@
 //! that it would take the slot, and of those that heard each other the one with the smallest id
 //! does. A replica that does not hear its own bid is cut off, and leaves the slot alone.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::{Client, Subscriber};
 use contract::streams::TICKS;
@@ -15,7 +15,7 @@ use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use runtime::history;
 use runtime::jetstream::{self, Ack, PublishError};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 /// The most bids that are kept; there are as many as replicas.
 const MAX_BIDS: usize = 64;
@@ -27,12 +27,14 @@ pub struct Claims {
     taking: Subscriber,
     bids: Vec<Claim>,
     times: Times,
+    /// Whether the last slot was settled by bids.
+    by_bids: bool,
 }
 
 /// How long things may take, all in proportion to the slot.
 #[derive(Clone, Copy)]
 struct Times {
-    /// 500 ms: no answer to a claim counts after that.
+    /// 500 ms.
     slot: Duration,
     /// 100 ms: after that the replicas settle it themselves.
     patience: Duration,
@@ -51,6 +53,7 @@ impl Claims {
             client: client.clone(),
             id: id.to_owned(),
             bids: Vec::new(),
+            by_bids: false,
             times: Times {
                 slot,
                 patience: slot / 5,
@@ -61,8 +64,6 @@ impl Claims {
 
     /// Whether this replica is to do the tick of this slot.
     pub async fn take(&mut self, slot: Slot) -> bool {
-        self.hear_what_came();
-        self.bids.retain(|bid| bid.slot >= slot);
         let claim = Claim {
             slot,
             multiplier: self.id.clone(),
@@ -72,56 +73,77 @@ impl Claims {
             first_claim(&client, &claim, times).boxed(),
             second_claim(&client, &claim, times).boxed(),
         ]);
+        let mut fault = "no answer".to_owned();
         let verdict = async {
             while let Some(verdict) = verdicts.next().await {
-                if let Some(mine) = verdict {
-                    return mine;
+                match verdict {
+                    Ok(mine) => return mine,
+                    Err(error) => fault = error,
                 }
             }
             std::future::pending().await
         };
-        tokio::select! {
+        let (mine, by_bids) = tokio::select! {
             biased;
-            mine = verdict => mine,
-            mine = self.settle(&claim) => mine,
+            mine = verdict => (mine, false),
+            mine = self.settle(&claim) => (mine, true),
+        };
+        if by_bids && !self.by_bids {
+            warn!("claims are not answered ({fault}); the replicas settle slots among themselves");
+        } else if self.by_bids && !by_bids {
+            info!("claims are answered again");
         }
+        self.by_bids = by_bids;
+        mine
     }
 
     /// Settles a slot without `JetStream`, after it had time to answer.
     async fn settle(&mut self, claim: &Claim) -> bool {
+        let begun = Instant::now();
+        self.bids.retain(|bid| bid.slot >= claim.slot);
+        self.hear_what_came(claim.slot);
         tokio::time::sleep(self.times.patience).await;
-        self.hear_what_came();
-        if self.bids.iter().any(|bid| bid.slot == claim.slot) {
-            return false;
+        self.hear_what_came(claim.slot);
+        // Whoever bid before this replica has the slot. To bid all the same would be to bid
+        // against somebody who may have stopped listening.
+        let late = self.bids.iter().any(|bid| bid.slot == claim.slot);
+        if !late {
+            let bid = claim.encode().into();
+            if let Err(error) = self.client.publish(subjects::TAKING, bid).await {
+                debug!(%error, "no bid");
+            }
         }
-        let bid = claim.encode().into();
-        if let Err(error) = self.client.publish(subjects::TAKING, bid).await {
-            debug!(%error, "no bid");
-            return false;
-        }
+        // Also without a bid of its own: the stream may still give it the slot.
         let mut end = std::pin::pin!(tokio::time::sleep(self.times.bidding));
         loop {
             tokio::select! {
-                Some(message) = self.taking.next() => hear(&mut self.bids, &message.payload),
+                Some(message) = self.taking.next() => hear(&mut self.bids, claim.slot, &message.payload),
                 () = &mut end => break,
             }
         }
+        // A replica that was stopped in between has missed what the others said.
+        if begun.elapsed() > self.times.slot {
+            return false;
+        }
         let bids = self.bids.iter().filter(|bid| bid.slot == claim.slot);
         let winner = bids.map(|bid| &bid.multiplier).min();
-        debug!(slot = %claim.slot, ?winner, "settled without JetStream");
+        debug!(slot = %claim.slot, ?winner, "settled by bids");
         winner == Some(&self.id)
     }
 
-    fn hear_what_came(&mut self) {
+    fn hear_what_came(&mut self, slot: Slot) {
         while let Some(Some(message)) = self.taking.next().now_or_never() {
-            hear(&mut self.bids, &message.payload);
+            hear(&mut self.bids, slot, &message.payload);
         }
     }
 }
 
-fn hear(bids: &mut Vec<Claim>, payload: &[u8]) {
+/// Keeps a bid for this slot, or for the next one from a replica whose clock is a little ahead.
+fn hear(bids: &mut Vec<Claim>, slot: Slot, payload: &[u8]) {
     match Claim::decode(payload) {
-        Ok(bid) if bids.len() < MAX_BIDS => bids.push(bid),
+        Ok(bid) if (slot..=slot.next()).contains(&bid.slot) && bids.len() < MAX_BIDS => {
+            bids.push(bid);
+        }
         Ok(_) => {}
         Err(error) => warn!(subject = subjects::TAKING, %error, "not a bid"),
     }
@@ -132,30 +154,33 @@ async fn publish(client: &Client, claim: &Claim, timeout: Duration) -> Result<Ac
     jetstream::publish(client, subjects::CLAIM, claim.slot, body, timeout).await
 }
 
-/// Whether the slot is this replica's; `None` if the stream did not say.
-async fn first_claim(client: &Client, claim: &Claim, times: Times) -> Option<bool> {
+/// Whether the slot is this replica's, or why the stream did not say.
+async fn first_claim(client: &Client, claim: &Claim, times: Times) -> Result<bool, String> {
     match publish(client, claim, times.slot).await {
-        Ok(ack) => Some(!ack.duplicate),
-        Err(PublishError::InProcess) => Some(false),
-        Err(error) => {
-            debug!(slot = %claim.slot, %error, "claim");
-            None
-        }
+        Ok(ack) => Ok(!ack.duplicate),
+        Err(PublishError::InProcess) => Ok(false),
+        Err(error) => Err(error.to_string()),
     }
 }
 
 /// The answer to the first claim may be what got lost: asks again a little later, and on
 /// `duplicate` looks whose claim it is that was stored.
-async fn second_claim(client: &Client, claim: &Claim, times: Times) -> Option<bool> {
+async fn second_claim(client: &Client, claim: &Claim, times: Times) -> Result<bool, String> {
     tokio::time::sleep(times.patience).await;
-    let ack = publish(client, claim, times.slot).await.ok()?;
+    let ack = publish(client, claim, times.slot)
+        .await
+        .map_err(|error| error.to_string())?;
     if !ack.duplicate {
-        return Some(true);
+        return Ok(true);
     }
-    let stored = history::read(client, TICKS, ack.sequence, 1).await.ok()?;
-    let owner = stored
-        .first()
-        .filter(|entry| entry.sequence == ack.sequence)?;
-    let owner = Claim::decode(&owner.payload).ok()?;
-    Some(owner == *claim)
+    let stored = history::read(client, TICKS, ack.sequence, 1)
+        .await
+        .map_err(|error| error.to_string())?;
+    match stored.first() {
+        Some(entry) if entry.sequence == ack.sequence => match Claim::decode(&entry.payload) {
+            Ok(owner) => Ok(owner == *claim),
+            Err(error) => Err(error.to_string()),
+        },
+        _ => Err("the claim that was stored is gone".to_owned()),
+    }
 }

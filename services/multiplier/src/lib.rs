@@ -1,8 +1,8 @@
 //! Service 3: in every slot of 500 ms one of the replicas asks for an even and an odd number,
 //! multiplies them, and publishes the product if it is greater than the threshold.
 //!
-//! Here is the loop over the slots. [`claim`] decides which replica does the tick, [`numbers`]
-//! gets the two numbers, [`outbox`] publishes. There is no leader and no lease: see
+//! Here is the loop over the slots. `claim` decides which replica does the tick, `numbers`
+//! gets the two numbers, `outbox` publishes. There is no leader and no lease: see
 //! docs/adr/0001-slots-and-claims.md.
 
 mod claim;
@@ -20,7 +20,7 @@ use runtime::micro::{self, Description, Micro};
 use runtime::settings::CommonSettings;
 use runtime::{Service, connection};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::claim::Claims;
 use crate::outbox::{Due, Outbox};
@@ -34,6 +34,9 @@ const ABOUT: Description = Description {
 
 /// How long the acknowledgement of a publication may take before it is sent again.
 const ACK_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How often to look at a clock that was set back.
+const CLOCK_CHECK: Duration = Duration::from_secs(10);
 
 /// Multiplies an even and an odd number twice a second, and publishes products above 100000.
 #[derive(Parser, Clone, Debug)]
@@ -75,6 +78,13 @@ impl Service for Settings {
             claims,
             outbox,
         };
+        let stopping = tokio::spawn({
+            let shutdown = shutdown.clone();
+            async move {
+                shutdown.cancelled().await;
+                Instant::now()
+            }
+        });
         tokio::select! {
             () = ticker.run(&shutdown) => {}
             // The outbox ends after the ticker, unless it has failed.
@@ -82,16 +92,17 @@ impl Service for Settings {
         }
         // A little less than the whole: what is not published is then told with its number.
         let drain = self.common.drain_ms.mul_f64(0.9);
-        let drained = tokio::time::timeout(drain, publisher).await;
-        connection::flush(&flushing).await;
-        match drained {
-            Ok(ended) => Ok(ended?),
+        let left = drain.saturating_sub(stopping.await?.elapsed());
+        match tokio::time::timeout(left, publisher).await {
+            Ok(ended) => ended?,
             Err(_) => anyhow::bail!(
                 "{} products were due, and NATS did not take them within {} ms: they are lost",
                 waiting.load(Ordering::Relaxed),
                 drain.as_millis()
             ),
         }
+        connection::flush(&flushing).await;
+        Ok(())
     }
 }
 
@@ -141,16 +152,22 @@ impl Ticker {
         }
     }
 
-    /// Sleeps until the slot is another than `last`, and says which. A replica that was stopped
-    /// for a while goes on with the slot of this moment.
+    /// Sleeps until a later slot than `last` begins, and says which. A replica that was stopped for
+    /// a while goes on with the slot of this moment; one whose clock was set back waits, because
+    /// the slots that come again were ticked.
     async fn next_slot(&self, last: Slot) -> Slot {
         loop {
             let now = unix_time();
             let current = self.slot_length.slot_at(now);
-            if current != last {
+            if current > last {
                 return current;
             }
-            let next = self.slot_length.start_of(current.next());
+            if current.next() < last {
+                warn!(slot = %current, ticked = %last, "the clock was set back: waiting for it");
+                tokio::time::sleep(CLOCK_CHECK).await;
+                continue;
+            }
+            let next = self.slot_length.start_of(last.next());
             tokio::time::sleep(next.saturating_sub(now)).await;
         }
     }
@@ -200,6 +217,7 @@ impl Ticker {
             slot,
             product,
             since,
+            pushed: tokio::time::Instant::now(),
         });
         let end = self.slot_length.start_of(slot.next());
         let left = end.saturating_sub(unix_time() + self.slot_length.duration() / 20);

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use async_nats::Client;
-use async_nats::client::Request;
 use contract::Parity;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
+use runtime::connection;
 use tokio::time::MissedTickBehavior;
 use tracing::{debug, warn};
 
@@ -36,7 +36,7 @@ pub async fn get(
                 Err(error) => debug!(subject = parity.subject(), %error, "no answer"),
             },
             _ = hedge.tick() => {
-                asked.push(client.send_request(parity.subject(), Request::new().timeout(None)));
+                asked.push(client.send_request(parity.subject(), connection::request(client)));
             }
             () = &mut deadline => return None,
         }

@@ -14,6 +14,7 @@ use contract::{Outcome, Product, Slot};
 use runtime::jetstream::{Ack, PublishError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 /// The most products that wait. At two slots a second this is what becomes due within the
@@ -34,6 +35,8 @@ pub struct Due {
     pub product: Product,
     /// When its slot began, since the Unix epoch.
     pub since: Duration,
+    /// When it became due.
+    pub pushed: Instant,
 }
 
 /// The way in. Once it is dropped, the task publishes what is left and ends.
@@ -72,11 +75,10 @@ impl Outbox {
     /// and fails if it was abandoned.
     pub fn push(&self, due: Due) -> oneshot::Receiver<Outcome> {
         let (receipt, outcome) = oneshot::channel();
-        match self.queue.try_send((due, receipt)) {
-            Ok(()) => {
-                self.waiting.fetch_add(1, Ordering::Relaxed);
-            }
-            Err(_) => abandon(due, "the outbox is full"),
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        if self.queue.try_send((due, receipt)).is_err() {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+            abandon(due, "the outbox is full");
         }
         outcome
     }
@@ -98,7 +100,9 @@ where
 {
     let mut pause = FIRST_PAUSE;
     let mut failures = 0u32;
-    while now().saturating_sub(due.since) < MAX_AGE {
+    // By either clock: the one of the wall may be set back, the other one does not know how long
+    // ago the slot was.
+    while now().saturating_sub(due.since) < MAX_AGE && due.pushed.elapsed() < MAX_AGE {
         let error = match publish(due).await {
             Ok(ack) => {
                 if failures > 0 {
@@ -135,13 +139,13 @@ fn abandon(due: Due, reason: &str) {
 mod tests {
     use super::*;
     use std::sync::Mutex;
-    use tokio::time::Instant;
 
     fn due(slot: u64) -> Due {
         Due {
             slot: Slot(slot),
             product: Product::new(846, 511).unwrap(),
             since: Duration::ZERO,
+            pushed: Instant::now(),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use async_nats::client::Request;
 use async_nats::connection::State;
 use async_nats::{Client, ConnectOptions, Event};
 use tracing::{info, warn};
@@ -56,6 +57,15 @@ pub async fn connect(settings: &NatsSettings, user: &str, name: &str) -> anyhow:
 #[must_use]
 pub fn is_connected(client: &Client) -> bool {
     client.connection_state() == State::Connected
+}
+
+/// A request with an inbox of its own and no time-out: the caller has one.
+///
+/// The client remembers a request on its shared inbox until the answer comes, for ever if none
+/// does. An inbox of its own is forgotten when the caller stops waiting.
+#[must_use]
+pub fn request(client: &Client) -> Request {
+    Request::new().inbox(client.new_inbox()).timeout(None)
 }
 
 /// Waits for the connection, at most for `limit`. Whether it is there.

@@ -6,12 +6,14 @@
 use std::time::Duration;
 
 use async_nats::Client;
-use async_nats::client::{Request, RequestErrorKind};
+use async_nats::client::RequestErrorKind;
 use async_nats::header::{HeaderMap, NATS_MESSAGE_ID};
 use async_nats::jetstream::publish::PublishAck;
 use async_nats::jetstream::response::Response;
 use bytes::Bytes;
 use contract::Slot;
+
+use crate::connection;
 
 /// The server is storing a message of the same id right now: 10158, on replicated streams.
 const ERROR_IN_PROCESS: u64 = 10158;
@@ -60,10 +62,9 @@ pub async fn publish(
 ) -> Result<Ack, PublishError> {
     let mut headers = HeaderMap::new();
     headers.insert(NATS_MESSAGE_ID, slot.to_string());
-    let request = Request::new()
+    let request = connection::request(client)
         .headers(headers)
-        .payload(payload)
-        .timeout(None);
+        .payload(payload);
     // The time-out covers the hand-over to the connection as well as the wait for the answer.
     let answer = tokio::time::timeout(timeout, client.send_request(subject, request))
         .await

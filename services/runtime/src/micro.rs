@@ -138,20 +138,23 @@ fn answer(
 }
 
 /// Requests still taken when a replica leaves its queue group: more than can be on their way.
-const LEAVING_REQUESTS: u64 = 1024;
-/// A pause in which nothing can be on its way any more.
+const LEAVING_REQUESTS: u64 = 256;
+/// A pause after which a replica stops waiting for these.
 const LEAVING_QUIET: Duration = Duration::from_millis(20);
-/// The most that leaving may take.
-const LEAVING_TIME: Duration = Duration::from_secs(1);
 
 /// The share of a queue group's requests that come to this replica.
 ///
 /// To leave the group, the client library drops a subscription while the server still delivers
 /// to it; under load that loses requests. Instead the server is told to deliver a certain number
-/// more and no further ones. They are taken until the number is reached, or nothing has come for
-/// a while.
+/// more and no further ones. They are taken until the number is reached, or requests are so rare
+/// that none is likely to come in the moment in which the subscription is dropped.
 pub struct Requests {
+    client: Client,
+    about: Description,
     subscriber: Subscriber,
+    /// How often the client had connected when the subscription was made. The server counts what
+    /// it delivers from the connection on, so that each connection gets a subscription of its own.
+    connects: u64,
     taken: u64,
     leaving_until: Option<Instant>,
 }
@@ -162,20 +165,20 @@ impl Requests {
     /// # Errors
     /// If the connection was closed.
     pub async fn join(client: &Client, about: Description) -> anyhow::Result<Self> {
-        let subscriber = client
-            .queue_subscribe(about.subject, about.name.to_owned())
-            .await
-            .with_context(|| format!("cannot listen on {}", about.subject))?;
         Ok(Self {
-            subscriber,
+            subscriber: subscribe(client, about).await?,
+            connects: connects(client),
+            client: client.clone(),
+            about,
             taken: 0,
             leaving_until: None,
         })
     }
 
-    /// Starts to leave the group: [`next`](Self::next) gives what is on its way, then `None`.
-    pub async fn leave(&mut self) {
-        self.leaving_until = Some(Instant::now() + LEAVING_TIME);
+    /// Starts to leave the group, within `limit`: [`next`](Self::next) gives what is on its way,
+    /// then `None`.
+    pub async fn leave(&mut self, limit: Duration) {
+        self.leaving_until = Some(Instant::now() + limit);
         // This fails when the connection was closed; then there is nothing to leave.
         let _ = self
             .subscriber
@@ -187,13 +190,42 @@ impl Requests {
     pub async fn next(&mut self) -> Option<Message> {
         let request = match self.leaving_until {
             None => self.subscriber.next().await,
-            Some(until) if Instant::now() >= until => None,
-            Some(_) => tokio::time::timeout(LEAVING_QUIET, self.subscriber.next())
-                .await
-                .ok()
-                .flatten(),
+            Some(until) => {
+                let left = until.saturating_duration_since(Instant::now());
+                let next = tokio::time::timeout(LEAVING_QUIET.min(left), self.subscriber.next());
+                match next.await {
+                    Ok(request) => request,
+                    // What comes in the very moment of the end is still taken.
+                    Err(_) => {
+                        let _ = self.subscriber.drain().await;
+                        tokio::time::timeout(LEAVING_QUIET, self.subscriber.next())
+                            .await
+                            .ok()
+                            .flatten()
+                    }
+                }
+            }
         };
         self.taken += u64::from(request.is_some());
+        if self.leaving_until.is_none()
+            && self.connects != connects(&self.client)
+            && let Ok(subscriber) = subscribe(&self.client, self.about).await
+        {
+            self.connects = connects(&self.client);
+            self.subscriber = subscriber;
+            self.taken = 0;
+        }
         request
     }
+}
+
+async fn subscribe(client: &Client, about: Description) -> anyhow::Result<Subscriber> {
+    client
+        .queue_subscribe(about.subject, about.name.to_owned())
+        .await
+        .with_context(|| format!("cannot listen on {}", about.subject))
+}
+
+fn connects(client: &Client) -> u64 {
+    client.statistics().connects.load(Ordering::Relaxed)
 }

@@ -88,8 +88,8 @@ pub fn shutdown_on_signal() -> std::io::Result<CancellationToken> {
             _ = interrupt.recv() => "SIGINT",
             _ = terminate.recv() => "SIGTERM",
         };
-        info!("{name}: finishing");
         cancel.cancel();
+        info!("{name}: finishing");
     });
     Ok(shutdown)
 }

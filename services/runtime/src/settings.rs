@@ -127,9 +127,16 @@ fn try_parse<T: FromArgMatches>(mut command: Command, args: &[OsString]) -> Resu
         let harmless = match error.kind() {
             ErrorKind::ValueValidation | ErrorKind::InvalidValue => accept_anything(command, &name),
             ErrorKind::UnknownArgument => {
-                let before = args.len();
-                args.retain(|arg| !arg.to_string_lossy().starts_with(name.as_str()));
-                (args.len() < before).then_some(command)
+                let is_it = |arg: &OsString| {
+                    let arg = arg.to_string_lossy();
+                    arg.split('=').next() == Some(name.as_str())
+                };
+                // The first one is the program's own name.
+                let found = args.iter().skip(1).position(is_it);
+                found.map(|at| {
+                    args.remove(at + 1);
+                    command
+                })
             }
             _ => None,
         };

@@ -24,6 +24,9 @@ pub fn start(settings: &LogSettings, default_filter: &str) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_ansi(std::io::stderr().is_terminal())
+        // Standard error may be gone (a closed terminal): that must not take the task down that
+        // had something to say.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     // A second start in one process (tests) keeps the first.
     let _ = match settings.log_format {

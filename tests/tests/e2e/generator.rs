@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use contract::Parity;
 use futures::future::join_all;
+use nix::sys::signal::Signal;
 use tests::{Broker, Process, Scratch, connect, eventually};
 
 async fn start(scratch: &Scratch, broker: &Broker, parity: Parity) -> Process {
@@ -49,6 +50,44 @@ async fn sigterm_drops_no_request() {
     for answered in join_all(askers).await {
         assert!(answered.unwrap().unwrap() > 100);
     }
+}
+
+/// The same with requests that come at a steady rate, also after the connection was lost once.
+#[tokio::test]
+async fn sigterm_drops_no_request_at_any_rate() {
+    let scratch = Scratch::new();
+    let mut broker = Broker::start(&scratch).await;
+    let stays = start(&scratch, &broker, Parity::Odd).await;
+    let mut goes = start(&scratch, &broker, Parity::Odd).await;
+    let mut client = connect(&broker).await;
+    for (pause_ms, restart) in [(200, false), (20, false), (2, false), (2, true)] {
+        if restart {
+            broker.kill();
+            broker.restart(&scratch).await;
+            client = connect(&broker).await;
+            eventually("both are back", async || {
+                tests::services(&client, "PING.odd").await.len() == 2
+            })
+            .await;
+        }
+        let mut requests = Vec::new();
+        for n in 0..1200 / pause_ms {
+            let client = client.clone();
+            requests.push(tokio::spawn(async move {
+                client.request(Parity::Odd.subject(), "".into()).await
+            }));
+            if n == 600 / pause_ms {
+                goes.signal(Signal::SIGTERM);
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(pause_ms)).await;
+        }
+        for reply in join_all(requests).await {
+            reply.unwrap().unwrap();
+        }
+        assert!(goes.wait().await.success());
+        goes = start(&scratch, &broker, Parity::Odd).await;
+    }
+    drop(stays);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use contract::streams::TICKS;
 use contract::{Outcome, Parity, Product, odds, subjects};
 use futures::StreamExt;
 use nix::sys::signal::Signal;
@@ -58,7 +59,8 @@ async fn rate_and_live_feed() {
                 .is_above_threshold()
         );
     }
-    pipeline.verify().await;
+    let (status, output) = pipeline.evenodd(&["verify", "--slot-ms", "20"]).await;
+    assert_eq!(status, Some(0), "{output}");
 }
 
 async fn assert_one_tick_a_slot(pipeline: &Pipeline, ticks: &Ticks) {
@@ -143,6 +145,36 @@ async fn without_generators_ticks_say_so_and_go_on_when_one_is_back() {
     let stored = pipeline.history().await.len();
     ticks.take(4).await;
     assert_eq!(pipeline.history().await.len(), stored);
+    assert_one_tick_a_slot(&pipeline, &ticks).await;
+}
+
+/// Without claims the replicas settle each slot among themselves, also when one is frozen.
+#[tokio::test]
+async fn one_tick_a_slot_without_claims() {
+    let pipeline = Pipeline::new().await;
+    let _generators = pipeline.generators().await;
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    let mut multipliers = Vec::new();
+    for _ in 0..3 {
+        multipliers.push(pipeline.multiplier(SLOT_MS).await);
+    }
+    ticks.take(3).await;
+    let context = async_nats::jetstream::new(pipeline.client.clone());
+    context.delete_stream(TICKS).await.unwrap();
+    ticks.take(6).await;
+    multipliers[0]
+        .wait_for("settle slots among themselves")
+        .await;
+    for frozen in &multipliers {
+        ticks.next().await;
+        frozen.signal(Signal::SIGSTOP);
+        ticks.take(3).await;
+        frozen.signal(Signal::SIGCONT);
+        ticks.take(2).await;
+    }
+    assert_eq!(pipeline.evenodd(&["provision"]).await.0, Some(0));
+    multipliers[0].wait_for("claims are answered again").await;
+    ticks.take(3).await;
     assert_one_tick_a_slot(&pipeline, &ticks).await;
 }
 

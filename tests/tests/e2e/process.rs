@@ -4,6 +4,7 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use contract::{Outcome, Parity};
+use nix::sys::signal::Signal;
 use tests::{Pipeline, Process, Scratch, Ticks};
 
 #[tokio::test]
@@ -25,11 +26,14 @@ async fn sigterm_ends_every_service_with_status_0_and_loses_nothing() {
     }
     assert!(gateway.terminate().await.success(), "{}", gateway.log());
     assert!(begun.elapsed() < Duration::from_secs(5));
-    let published = ticks
-        .seen()
+    let done = ticks.all_so_far().await;
+    let published = done
         .iter()
         .filter(|done| done.outcome == Outcome::Published);
-    assert!(pipeline.history().await.len() >= published.count());
+    let published: Vec<_> = published.map(|done| Some(done.slot.to_string())).collect();
+    let stored = pipeline.history().await;
+    let stored: Vec<_> = stored.into_iter().map(|entry| entry.message_id).collect();
+    assert_eq!(stored, published);
     pipeline.verify().await;
 }
 
@@ -44,6 +48,55 @@ async fn sigterm_without_a_broker_ends_with_status_0_too() {
         service.wait_for("disconnected").await;
         assert!(service.terminate().await.success(), "{}", service.log());
     }
+}
+
+/// What is due when SIGTERM comes is published if that is possible in time, and told if not.
+#[tokio::test]
+async fn sigterm_with_products_due() {
+    let mut pipeline = Pipeline::new().await;
+    let _generators = pipeline.generators().await;
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    let context = async_nats::jetstream::new(pipeline.client.clone());
+    let numbers = contract::streams::numbers(1);
+    let mut elsewhere = numbers.clone();
+    elsewhere.subjects = vec!["elsewhere".into()];
+    for comes_back in [true, false] {
+        let mut multiplier = pipeline.multiplier(500).await;
+        context.update_stream(&elsewhere).await.unwrap();
+        let due = ticks.until(|done| done.outcome == Outcome::Pending).await;
+        multiplier.signal(Signal::SIGTERM);
+        multiplier.wait_for("finishing").await;
+        if comes_back {
+            context.update_stream(&numbers).await.unwrap();
+            assert!(multiplier.wait().await.success(), "{}", multiplier.log());
+            let stored = pipeline.history().await;
+            let slots = stored.iter().filter_map(|entry| entry.message_id.clone());
+            assert!(slots.collect::<Vec<_>>().contains(&due.slot.to_string()));
+        } else {
+            pipeline.broker.kill();
+            assert_eq!(multiplier.wait().await.code(), Some(1));
+            assert!(
+                multiplier.log().contains("they are lost"),
+                "{}",
+                multiplier.log()
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn settings_come_from_the_environment_too() {
+    let scratch = Scratch::new();
+    let variables = [
+        ("EVENODD_PARITY", "odd"),
+        ("EVENODD_NATS", "nats://127.0.0.1:9"),
+    ];
+    let mut generator = Process::start_with(&scratch, "generator", &[], &variables);
+    generator.wait_for("127.0.0.1:9").await;
+    generator.wait_for("numbers.odd").await;
+    let mut wrong = Process::start_with(&scratch, "generator", &[], &[("EVENODD_DRAIN_MS", "x")]);
+    assert_eq!(wrong.wait().await.code(), Some(2));
+    assert!(wrong.log().contains("--drain-ms") && wrong.log().contains("--parity"));
 }
 
 #[tokio::test]

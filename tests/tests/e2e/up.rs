@@ -67,14 +67,30 @@ async fn runs_restarts_what_dies_and_continues_the_history() {
     // One child after the other is killed: each is started again, and no slot is missed.
     let client = async_nats::connect(&up.nats).await.unwrap();
     let mut ticks = Ticks::watch(&client).await;
-    for binary in ["generator", "multiplier", "gateway"] {
+    for binary in [
+        "generator",
+        "multiplier",
+        "gateway",
+        "generator",
+        "multiplier",
+    ] {
         ticks.next().await;
         let pid = children(up.process.pid(), binary)[0];
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        kill(pid);
         ticks.take(3).await;
     }
     assert!(ticks.irregular().is_empty(), "{:?}", ticks.irregular());
-    assert_eq!(up.process.log().matches("starting it again").count(), 3);
+    assert_eq!(up.process.log().matches("starting it again").count(), 5);
+    // So is the broker; what is ticked meanwhile nobody can hear.
+    kill(children(up.process.pid(), "nats-server")[0]);
+    ticks.until(|done| done.product.is_some()).await;
+    ticks.take(3).await;
+    assert!(
+        ticks.irregular().values().all(|&count| count == 0),
+        "{:?}",
+        ticks.irregular()
+    );
+
     eventually("the gateway is back", async || {
         tokio::net::TcpStream::connect(&up.http).await.is_ok()
     })
@@ -88,15 +104,43 @@ async fn runs_restarts_what_dies_and_continues_the_history() {
         assert!(log.contains(fault), "{fault}: {log}");
     }
 
+    let stopped_at = last_seq(&up).await;
     up.process.signal(Signal::SIGINT);
     assert!(up.process.wait().await.success(), "{}", up.process.log());
     let mut up = start(&scratch, nats_port, http_port);
     up.process.wait_for("caught up").await;
     let before = last_seq(&up).await;
-    assert!(before >= 2);
+    assert!(before >= stopped_at);
     eventually("the history goes on", async || last_seq(&up).await > before).await;
     let mut verify = Process::start(&scratch, "evenodd", &["verify", "--nats", &up.nats]);
     assert!(verify.wait().await.success(), "{}", verify.log());
+    assert!(up.process.terminate().await.success());
+}
+
+fn kill(pid: i32) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+}
+
+/// If `up` itself is killed, nothing is left behind, and the next one finds a clean store.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn nothing_is_left_behind_when_it_is_killed() {
+    let scratch = Scratch::new();
+    let (nats_port, http_port) = (free_port(), free_port());
+    let mut up = start(&scratch, nats_port, http_port);
+    up.process.wait_for("caught up").await;
+    let pid = up.process.pid();
+    let all = ["generator", "multiplier", "gateway", "nats-server"].map(|name| children(pid, name));
+    let all: Vec<i32> = all.into_iter().flatten().collect();
+    assert_eq!(all.len(), 8);
+    up.process.kill();
+    eventually("all children are gone", async || {
+        all.iter()
+            .all(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists())
+    })
+    .await;
+    let mut up = start(&scratch, nats_port, http_port);
+    up.process.wait_for("caught up").await;
     assert!(up.process.terminate().await.success());
 }
 
@@ -108,7 +152,7 @@ fn children(parent: u32, name: &str) -> Vec<i32> {
         let stat = fs::read_to_string(process.path().join("stat")).ok()?;
         let (before, after) = stat.rsplit_once(") ")?;
         let is_child = after.split(' ').nth(1)? == parent.to_string();
-        (is_child && before.ends_with(name)).then_some(pid)
+        (is_child && before.contains(&format!("({name}"))).then_some(pid)
     });
     children.collect()
 }

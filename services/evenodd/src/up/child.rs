@@ -1,7 +1,10 @@
 //! Child processes: started, their output prefixed, started again when they die, stopped.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -15,7 +18,9 @@ use tracing::warn;
 
 use super::preflight::Ready;
 
-/// How long a child may take to stop before it is killed: longer than a service's own drain.
+/// How long a service may take to finish.
+pub const DRAIN: Duration = Duration::from_secs(5);
+/// How long a child may take to stop before it is killed.
 const GRACE: Duration = Duration::from_secs(8);
 /// A child that lived this long is started again at once when it dies.
 const HEALTHY: Duration = Duration::from_secs(5);
@@ -32,21 +37,19 @@ pub struct Spec {
     pub args: Vec<String>,
     /// Lines of output that hold this are not shown.
     pub hide: Option<&'static str>,
+    /// Held open by the child, as its standard input.
+    pub holds: Option<Arc<File>>,
 }
 
 impl Spec {
     /// One of the project's services.
-    pub fn service<const N: usize>(
-        ready: &Ready,
-        binary: &str,
-        label: String,
-        args: [&str; N],
-    ) -> Self {
+    pub fn service(ready: &Ready, binary: &str, label: String, args: Vec<String>) -> Self {
         Self {
             label,
             program: ready.binaries.join(binary),
-            args: args.map(str::to_owned).into(),
+            args,
             hide: None,
+            holds: None,
         }
     }
 }
@@ -139,7 +142,8 @@ async fn print(spec: Spec, output: impl AsyncRead + Unpin) {
     let mut lines = BufReader::new(output).lines();
     while let Ok(Some(line)) = lines.next_line().await {
         if spec.hide.is_none_or(|hidden| !line.contains(hidden)) {
-            println!("{:<12} | {line}", spec.label);
+            // Nobody may be reading any more; the child must not notice.
+            let _ = writeln!(std::io::stdout(), "{:<12} | {line}", spec.label);
         }
     }
 }
@@ -148,7 +152,10 @@ fn spawn(spec: &Spec) -> std::io::Result<Child> {
     let mut command = Command::new(&spec.program);
     command
         .args(&spec.args)
-        .stdin(Stdio::null())
+        .stdin(match &spec.holds {
+            Some(file) => Stdio::from(file.try_clone()?),
+            None => Stdio::null(),
+        })
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true)

@@ -3,13 +3,14 @@
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 use tokio::process::Command;
 
 use super::{NATS_CONFIGURATION, Up};
 
-/// The oldest nats-server that this was tried with.
+/// The oldest nats-server that is accepted; the same as in nats/install.
 const MINIMUM: (u32, u32) = (2, 12);
 
 /// What the checks found, and hold.
@@ -18,8 +19,9 @@ pub struct Ready {
     pub binaries: PathBuf,
     /// The data directory, absolute.
     pub data: PathBuf,
-    /// Held while this process lives, so that no other uses the store.
-    _lock: Option<File>,
+    /// The lock on the data directory. The broker holds it as well: should this process be
+    /// killed, the store is locked until the broker has gone.
+    pub lock: Option<Arc<File>>,
 }
 
 /// Checks everything that `up` needs.
@@ -36,7 +38,7 @@ pub async fn check(up: &Up) -> Result<Ready, Vec<String>> {
     let mut ready = Ready {
         binaries: PathBuf::new(),
         data: up.data.clone(),
-        _lock: None,
+        lock: None,
     };
     note(binaries().map(|path| ready.binaries = path));
     for n in 0..up.gateways {
@@ -49,7 +51,7 @@ pub async fn check(up: &Up) -> Result<Ready, Vec<String>> {
         note(is_new_enough(&up.nats_server).await);
         note(store(&up.data).map(|(data, lock)| {
             ready.data = data;
-            ready._lock = Some(lock);
+            ready.lock = Some(Arc::new(lock));
         }));
     }
     if faults.is_empty() {
