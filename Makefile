@@ -9,22 +9,22 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: ## run the whole pipeline on this machine (options: make run ARGS="--http 127.0.0.1:9090")
-	$(CARGO) build --release --workspace --bins
+	$(CARGO) build --locked --release --workspace --bins
 	@server="$$(nats/install)" && exec target/release/evenodd up --nats-server "$$server" $(ARGS)
 
 test: ## run all tests, against real nats-servers
 	@nats/install >/dev/null
-	$(CARGO) build --workspace --bins
-	$(CARGO) test --workspace
+	$(CARGO) build --locked --workspace --bins
+	$(CARGO) test --locked --workspace
 
 check: test ## everything that CI checks: format, clippy, tests, documentation
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets -- --deny warnings
-	RUSTDOCFLAGS="--deny warnings" $(CARGO) doc --workspace --no-deps --document-private-items
+	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
+	RUSTDOCFLAGS="--deny warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items
 
 bench: ## measure how long the steps of a tick take here
 	@nats/install >/dev/null
-	$(CARGO) bench --package tests
+	$(CARGO) bench --locked --package tests
 
 clean: ## remove what was built; the history in ./data stays
 	$(CARGO) clean

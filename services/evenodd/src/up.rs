@@ -3,7 +3,6 @@
 mod child;
 mod preflight;
 
-use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,6 +14,7 @@ use clap::Args;
 use runtime::connection;
 use runtime::settings::{LogSettings, NatsSettings};
 use runtime::telemetry::LogFormat;
+use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::{USER, provision};
@@ -35,6 +35,8 @@ pub struct Up {
         env = "EVENODD_NATS",
         value_name = "URL",
         value_delimiter = ',',
+        hide_env_values = true, // it may hold a password
+        value_parser = runtime::settings::server,
         conflicts_with = "nats_port"
     )]
     nats: Option<Vec<ServerAddr>>,
@@ -108,6 +110,8 @@ impl Up {
         while let Some(stage) = stages.pop() {
             stage.stop().await;
         }
+        // For whoever reads the last lines.
+        tokio::time::sleep(Duration::from_millis(50)).await;
         result.map(|()| ExitCode::SUCCESS)
     }
 
@@ -124,6 +128,11 @@ impl Up {
         }
         let servers = self.servers();
         let provisioned = async {
+            // No client before the broker listens: it would only complain.
+            let own = ("127.0.0.1", self.nats_port);
+            while self.nats.is_none() && TcpStream::connect(own).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
             let settings = NatsSettings {
                 nats: servers.clone(),
             };
@@ -141,7 +150,8 @@ impl Up {
         let service = |binary, label, n: u16, own: &[&str]| {
             let mut args = self.common_args(log);
             args.extend(own.iter().map(ToString::to_string));
-            Spec::service(ready, binary, format!("{label}-{}", n + 1), args)
+            let servers = self.server_list();
+            Spec::service(ready, binary, format!("{label}-{}", n + 1), args, servers)
         };
         let gateways = (0..self.gateways)
             .map(|n| {
@@ -162,8 +172,7 @@ impl Up {
         for stage in [gateways, generators, multipliers] {
             stages.push(Children::start(stage));
         }
-        // Nobody may be reading.
-        let _ = writeln!(std::io::stdout(), "{}", self.banner(ready));
+        child::print_line(self.banner(ready));
         Ok(())
     }
 
@@ -211,17 +220,13 @@ impl Up {
             // It says more than anybody wants to read while all is well.
             hide: Some("[INF]"),
             holds: ready.lock.clone(),
+            servers: None,
         }
     }
 
     /// What every service is told.
     fn common_args(&self, log: &LogSettings) -> Vec<String> {
-        let mut args = vec![
-            "--nats".to_owned(),
-            self.server_list(),
-            "--drain-ms".to_owned(),
-            DRAIN.as_millis().to_string(),
-        ];
+        let mut args = vec!["--drain-ms".to_owned(), DRAIN.as_millis().to_string()];
         if let Some(filter) = &log.log {
             args.extend(["--log".to_owned(), filter.clone()]);
         }
@@ -233,9 +238,16 @@ impl Up {
 
     fn banner(&self, ready: &Ready) -> String {
         let http = self.http;
+        // Without a password that the URLs may hold.
+        let shown: Vec<_> = self
+            .servers()
+            .iter()
+            .map(|server| format!("nats://{}:{}", server.host(), server.port()))
+            .collect();
+        let shown = shown.join(",");
         let port = match (&self.nats, self.nats_port) {
             (None, 4222) => String::new(),
-            _ => format!(" --server {}", self.server_list()),
+            _ => format!(" --server {shown}"),
         };
         let history = if self.nats.is_none() {
             format!("in {}", ready.data.display())
@@ -248,14 +260,13 @@ impl Up {
              numbers   curl http://{http}/numbers\n  \
              live      nats{port} sub numbers.published\n  \
              ticks     nats{port} sub ticks.done\n  \
-             history   {history}; check it with: {} verify --nats {}\n  \
+             history   {history}; check it with: {} verify --nats {shown}\n  \
              stop      Ctrl-C\n",
             self.even,
             self.odd,
             self.multipliers,
             self.gateways,
             verify.display(),
-            self.server_list(),
         )
     }
 }

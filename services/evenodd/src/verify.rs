@@ -1,6 +1,7 @@
 //! `evenodd verify`: reads the whole history and checks every message.
 
 use std::collections::{HashSet, VecDeque};
+use std::io::Write;
 use std::num::NonZeroU64;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use runtime::connection;
 use runtime::history::{self, Entry, MAX_BATCH, ReadError};
 use runtime::settings::NatsSettings;
 use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use crate::USER;
 
@@ -67,7 +69,7 @@ impl Verify {
         let info = async_nats::jetstream::new(client.clone())
             .get_stream(NUMBERS)
             .await
-            .with_context(|| format!("stream {NUMBERS}"))?
+            .with_context(|| format!("stream {NUMBERS} (did `evenodd provision` run?)"))?
             .cached_info()
             .clone();
         let last = info.state.last_sequence;
@@ -89,12 +91,12 @@ impl Verify {
             let limit = self.max_faults.saturating_sub(shown);
             for fault in check.faults.drain(..).take(limit) {
                 shown += 1;
-                progress.suspend(|| println!("{fault}"));
+                progress.suspend(|| writeln!(std::io::stdout(), "{fault}"))?;
             }
             progress.set_position(check.next_sequence - 1);
         }
         progress.finish_and_clear();
-        println!("{}", check.summary());
+        writeln!(std::io::stdout(), "{}", check.summary())?;
         Ok(if check.fault_count == 0 {
             ExitCode::SUCCESS
         } else {
@@ -253,7 +255,10 @@ impl Check {
         let rate = 100.0 * published / slots;
         let p = odds::publish_probability();
         let deviations = (published - slots * p) / (slots * p * (1.0 - p)).sqrt();
-        let time = |time: Option<OffsetDateTime>| time.map_or("-".to_owned(), |t| t.to_string());
+        let time = |time: Option<OffsetDateTime>| {
+            time.and_then(|t| t.format(&Rfc3339).ok())
+                .unwrap_or_else(|| "-".to_owned())
+        };
         format!(
             "messages   {}\n\
              first      {}\n\

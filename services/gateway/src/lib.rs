@@ -67,6 +67,7 @@ impl Service for Settings {
     }
 
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        serve::raise_file_limit(self.max_connections);
         let listener = TcpListener::bind(self.http).await.with_context(|| {
             format!(
                 "cannot listen on {}; choose another address with --http",

@@ -59,7 +59,7 @@ impl From<Problem> for Response {
             "status": problem.status.as_u16(),
             "detail": problem.detail,
         });
-        let mut response = Self::new(body.to_string().into());
+        let mut response = Self::new(format!("{body}\n").into());
         *response.status_mut() = problem.status;
         let headers = response.headers_mut();
         headers.insert(

@@ -87,9 +87,9 @@ fn route(
 
 fn numbers(state: &State, ask: &Ask) -> Result<Response, Problem> {
     let limit = limit(ask.query.as_deref())?;
-    let snapshot = state.snapshot().ok_or_else(|| {
-        Problem::unavailable("the history was not read yet: NATS has not answered since the start")
-    })?;
+    let snapshot = state
+        .snapshot()
+        .ok_or_else(|| Problem::unavailable("the history was not read yet; see /readyz"))?;
     let (body, content_type) = if wants_text(&ask.headers) {
         (snapshot.text(limit), "text/plain; charset=utf-8")
     } else {
@@ -104,6 +104,7 @@ fn numbers(state: &State, ask: &Ask) -> Result<Response, Problem> {
 /// The `limit` of a query: 1 to 100, by default all.
 fn limit(query: Option<&str>) -> Result<usize, Problem> {
     let mut limit = LAST;
+    let mut given = false;
     for pair in query
         .unwrap_or("")
         .split('&')
@@ -114,6 +115,9 @@ fn limit(query: Option<&str>) -> Result<usize, Problem> {
             return Err(Problem::bad_request(format!(
                 "there is no parameter {name:?}; there is limit=1..{LAST}"
             )));
+        }
+        if std::mem::replace(&mut given, true) {
+            return Err(Problem::bad_request("limit is given more than once"));
         }
         limit = value
             .parse()
@@ -126,22 +130,35 @@ fn limit(query: Option<&str>) -> Result<usize, Problem> {
     Ok(limit)
 }
 
-/// Whether text is asked for, and JSON is not: `Accept: text/plain`.
+/// Whether text is preferred to JSON (RFC 9110, section 12.5.1).
 fn wants_text(headers: &HeaderMap) -> bool {
-    let accepts = |kind| {
-        headers
-            .get_all(header::ACCEPT)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(','))
-            .any(|range| {
-                range
-                    .split(';')
-                    .next()
-                    .is_some_and(|range| range.trim() == kind)
-            })
-    };
-    accepts("text/plain") && !accepts("application/json")
+    quality(headers, "text", "plain") > quality(headers, "application", "json")
+}
+
+/// The weight that `Accept` gives a media type, from 0 to 1. The most specific range counts.
+fn quality(headers: &HeaderMap, kind: &str, subkind: &str) -> f32 {
+    let accept = headers.get_all(header::ACCEPT);
+    let values = accept.iter().filter_map(|value| value.to_str().ok());
+    let weights = values
+        .flat_map(|value| value.split(','))
+        .filter_map(|range| {
+            let mut parts = range.split(';').map(str::trim);
+            let (a, b) = parts.next()?.split_once('/')?;
+            let specific = match (
+                a.eq_ignore_ascii_case(kind),
+                b.eq_ignore_ascii_case(subkind),
+            ) {
+                (true, true) => 2,
+                (true, false) if b == "*" => 1,
+                _ if (a, b) == ("*", "*") => 0,
+                _ => return None,
+            };
+            let weight = parts.find_map(|part| part.strip_prefix("q=")?.parse().ok());
+            Some((specific, weight.unwrap_or(1.0)))
+        });
+    weights
+        .max_by_key(|&(specific, _)| specific)
+        .map_or(0.0, |(_, weight)| weight)
 }
 
 fn ready(state: &State, connected: bool) -> Result<Response, Problem> {
@@ -199,6 +216,12 @@ mod tests {
             ("*/*", false),
             ("application/json, text/plain, */*", false),
             ("text/html", false),
+            ("text/plain;q=0", false),
+            ("text/plain, application/json;q=0", true),
+            ("application/json;q=0.1, text/plain;q=0.9", true),
+            ("TEXT/PLAIN", true),
+            ("text/*", true),
+            ("nonsense", false),
         ] {
             let mut headers = HeaderMap::new();
             headers.insert(header::ACCEPT, HeaderValue::from_static(accept));

@@ -4,16 +4,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use warp::filters::BoxedFilter;
 use warp::reply::Response;
+
+use crate::problem::Problem;
 
 /// What one client, and all of them together, may take.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +36,26 @@ pub struct Bounds {
 const MAX_BUFFER: usize = 16 * 1024;
 
 /// The pause after an accept that failed.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
+
+/// Raises the soft limit of open files to what the connections need, as far as the hard limit
+/// allows.
+pub fn raise_file_limit(connections: u32) {
+    // The broker, the log, the listener and the runtime need some as well.
+    let wanted = u64::from(connections) + 64;
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return;
+    };
+    let raised = wanted.min(hard);
+    if soft < wanted && setrlimit(Resource::RLIMIT_NOFILE, raised.max(soft), hard).is_err()
+        || raised < wanted
+    {
+        warn!(
+            hard,
+            connections, "fewer connections fit than --max-connections allows: see ulimit -n"
+        );
+    }
+}
 
 /// Serves until `shutdown`, then lets open requests finish within the bound.
 pub async fn serve(
@@ -68,7 +92,17 @@ pub async fn serve(
         };
         // Without it, it is only slower.
         let _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(warp::service(routes.clone()));
+        let filters = TowerToHyperService::new(warp::service(routes.clone()));
+        let service = service_fn(move |request: hyper::Request<Incoming>| {
+            let filters = filters.clone();
+            async move {
+                // CONNECT and the like; warp's filters need a path.
+                if request.uri().path_and_query().is_none() {
+                    return Ok(Problem::bad_request("the request names no path").into());
+                }
+                filters.call(request).await
+            }
+        });
         let connection = builder.serve_connection(TokioIo::new(stream), service);
         let connection = open.watch(connection);
         tokio::spawn(async move {

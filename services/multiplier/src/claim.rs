@@ -40,6 +40,8 @@ struct Times {
     patience: Duration,
     /// 40 ms: within that replicas hear each other's bids.
     bidding: Duration,
+    /// 300 ms: a claim that is answered until then leaves time enough for the tick.
+    last_chance: Duration,
 }
 
 impl Claims {
@@ -58,6 +60,7 @@ impl Claims {
                 slot,
                 patience: slot / 5,
                 bidding: slot * 2 / 25,
+                last_chance: slot * 3 / 5,
             },
         })
     }
@@ -120,6 +123,12 @@ impl Claims {
                 Some(message) = self.taking.next() => hear(&mut self.bids, claim.slot, &message.payload),
                 () = &mut end => break,
             }
+        }
+        // Nothing heard, not even its own bid: this replica is cut off, or the broker stands still.
+        // What can still come is the answer to the claim.
+        if !self.bids.iter().any(|bid| bid.slot == claim.slot) {
+            tokio::time::sleep(self.times.last_chance.saturating_sub(begun.elapsed())).await;
+            return false;
         }
         // A replica that was stopped in between has missed what the others said.
         if begun.elapsed() > self.times.slot {

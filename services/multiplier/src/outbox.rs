@@ -220,6 +220,7 @@ mod tests {
         let first = outbox.push(due(1));
         let second = outbox.push(Due {
             since: MAX_AGE,
+            pushed: Instant::now() + MAX_AGE,
             ..due(2)
         });
         drop(outbox);

@@ -1,11 +1,13 @@
 //! The connection to NATS: named, kept up for ever, and every change of it logged.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_nats::client::Request;
 use async_nats::connection::State;
 use async_nats::{Client, ConnectOptions, Event};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::settings::NatsSettings;
 
@@ -37,6 +39,8 @@ pub async fn connect(settings: &NatsSettings, user: &str, name: &str) -> anyhow:
         .collect::<Vec<_>>()
         .join(", ");
     info!(%servers, "connecting to NATS");
+    // A broker that is away is told once, not at every attempt to reach it.
+    let told = Arc::new(AtomicBool::new(false));
     let options = ConnectOptions::new()
         .name(name)
         .custom_inbox_prefix(format!("_INBOX_{user}"))
@@ -48,7 +52,10 @@ pub async fn connect(settings: &NatsSettings, user: &str, name: &str) -> anyhow:
         .ping_interval(PING_INTERVAL)
         .client_capacity(COMMAND_CAPACITY)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
-        .event_callback(|event| async move { log_event(&event) });
+        .event_callback(move |event| {
+            log_event(&event, &servers, &told);
+            std::future::ready(())
+        });
     Ok(options.connect(&settings.nats).await?)
 }
 
@@ -99,12 +106,19 @@ fn reconnect_delay(attempts: usize) -> Duration {
     ceiling.mul_f64(rand::random_range(0.1..=1.0))
 }
 
-fn log_event(event: &Event) {
+fn log_event(event: &Event, servers: &str, told: &AtomicBool) {
     match event {
-        Event::Connected => info!("connected to NATS"),
+        Event::Connected => {
+            told.store(false, Ordering::Relaxed);
+            info!("connected to NATS");
+        }
+        Event::ClientError(error) if !told.swap(true, Ordering::Relaxed) => {
+            warn!(servers, %error, "cannot reach NATS; trying for ever");
+        }
+        Event::ClientError(error) => debug!(%error, "NATS connection"),
         Event::Disconnected => warn!("disconnected from NATS; reconnecting"),
         Event::LameDuckMode => info!("the NATS server is about to stop; moving to another"),
-        Event::Draining | Event::Closed => tracing::debug!(%event, "NATS connection"),
+        Event::Draining | Event::Closed => debug!(%event, "NATS connection"),
         other => warn!(event = %other, "NATS connection"),
     }
 }

@@ -152,6 +152,8 @@ pub struct Requests {
     client: Client,
     about: Description,
     subscriber: Subscriber,
+    /// The subscription of the connection before, until what it holds is taken.
+    before: Option<Subscriber>,
     /// How often the client had connected when the subscription was made. The server counts what
     /// it delivers from the connection on, so that each connection gets a subscription of its own.
     connects: u64,
@@ -167,6 +169,7 @@ impl Requests {
     pub async fn join(client: &Client, about: Description) -> anyhow::Result<Self> {
         Ok(Self {
             subscriber: subscribe(client, about).await?,
+            before: None,
             connects: connects(client),
             client: client.clone(),
             about,
@@ -186,8 +189,27 @@ impl Requests {
             .await;
     }
 
+    /// After the connection was lost and made again.
+    async fn join_again(&mut self) {
+        let Ok(subscriber) = subscribe(&self.client, self.about).await else {
+            return;
+        };
+        let mut before = std::mem::replace(&mut self.subscriber, subscriber);
+        if before.drain().await.is_ok() {
+            self.before = Some(before);
+        }
+        self.connects = connects(&self.client);
+        self.taken = 0;
+    }
+
     /// The next request; `None` after the last one. Cancel safe.
     pub async fn next(&mut self) -> Option<Message> {
+        if let Some(before) = &mut self.before {
+            match before.next().await {
+                Some(request) => return Some(request),
+                None => self.before = None,
+            }
+        }
         let request = match self.leaving_until {
             None => self.subscriber.next().await,
             Some(until) => {
@@ -207,13 +229,8 @@ impl Requests {
             }
         };
         self.taken += u64::from(request.is_some());
-        if self.leaving_until.is_none()
-            && self.connects != connects(&self.client)
-            && let Ok(subscriber) = subscribe(&self.client, self.about).await
-        {
-            self.connects = connects(&self.client);
-            self.subscriber = subscriber;
-            self.taken = 0;
+        if self.leaving_until.is_none() && self.connects != connects(&self.client) {
+            self.join_again().await;
         }
         request
     }
@@ -226,6 +243,8 @@ async fn subscribe(client: &Client, about: Description) -> anyhow::Result<Subscr
         .with_context(|| format!("cannot listen on {}", about.subject))
 }
 
+/// How often the client has connected; before the first time it counts as connected, because what
+/// is subscribed then belongs to the first connection.
 fn connects(client: &Client) -> u64 {
-    client.statistics().connects.load(Ordering::Relaxed)
+    client.statistics().connects.load(Ordering::Relaxed).max(1)
 }

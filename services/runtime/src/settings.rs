@@ -39,7 +39,9 @@ pub struct NatsSettings {
         env = "EVENODD_NATS",
         value_name = "URL",
         value_delimiter = ',',
-        default_value = "nats://127.0.0.1:4222"
+        hide_env_values = true, // it may hold a password
+        default_value = "nats://127.0.0.1:4222",
+        value_parser = server
     )]
     pub nats: Vec<ServerAddr>,
 }
@@ -60,6 +62,17 @@ pub struct LogSettings {
     /// What is logged: error, warn, info, debug, trace, or a list such as multiplier=debug,info
     #[arg(long, global = true, env = "EVENODD_LOG", value_name = "FILTER", value_parser = log_filter)]
     pub log: Option<String>,
+}
+
+/// The address of a NATS server.
+///
+/// # Errors
+/// If the text is none.
+pub fn server(text: &str) -> Result<ServerAddr, String> {
+    if text.trim().is_empty() {
+        return Err("it is empty; it is something like nats://host:4222".to_owned());
+    }
+    text.parse().map_err(|e| format!("{e}"))
 }
 
 fn log_filter(text: &str) -> Result<String, String> {
@@ -108,6 +121,7 @@ enum Stop {
 fn try_parse<T: FromArgMatches>(mut command: Command, args: &[OsString]) -> Result<T, Stop> {
     let mut args = args.to_vec();
     let mut faults = Vec::new();
+    let mut known = Vec::new();
     loop {
         let error = match command.clone().try_get_matches_from(&args) {
             Ok(matches) if faults.is_empty() => match T::from_arg_matches(&matches) {
@@ -120,10 +134,13 @@ fn try_parse<T: FromArgMatches>(mut command: Command, args: &[OsString]) -> Resu
         if !error.use_stderr() {
             return Err(Stop::Help(error));
         }
-        faults.push(first_paragraph(&error));
-        let Some(name) = faulty_argument(&error) else {
+        let name = faulty_argument(&error).unwrap_or_default();
+        // A flag without its value stays faulty whatever would be accepted.
+        if known.contains(&name) {
             return Err(Stop::Faults(faults));
-        };
+        }
+        faults.push(first_paragraph(&error));
+        known.push(name.clone());
         let harmless = match error.kind() {
             ErrorKind::ValueValidation | ErrorKind::InvalidValue => accept_anything(command, &name),
             ErrorKind::UnknownArgument => {
@@ -246,6 +263,13 @@ mod tests {
                 "{flag} in {faults:#?}"
             );
         }
+    }
+
+    #[test]
+    fn a_flag_without_its_value_is_one_fault() {
+        assert_eq!(faults("x --needed").len(), 1);
+        assert_eq!(faults("x --needed --drain-ms 1").len(), 1);
+        assert_eq!(faults("x --drain-ms 1 --needed").len(), 2);
     }
 
     #[test]

@@ -267,6 +267,8 @@ async fn slow_and_silent_clients_are_cut() {
     let all = async { tokio::join!(silent, dripping, idle) };
     let cut = tokio::time::timeout(Duration::from_secs(8), all).await;
     assert!(cut.is_ok(), "a connection is still open");
+    let answer = request(address, "CONNECT", "a:1", &[]).await;
+    assert_eq!(answer.status, 400);
     let large = format!("X: {}", "x".repeat(20_000));
     assert_eq!(get(address, "/healthz", &[&large]).await.status, 431);
 }

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -39,17 +40,26 @@ pub struct Spec {
     pub hide: Option<&'static str>,
     /// Held open by the child, as its standard input.
     pub holds: Option<Arc<File>>,
+    /// `EVENODD_NATS`: not an argument, because anybody can read those and it may hold a password.
+    pub servers: Option<String>,
 }
 
 impl Spec {
     /// One of the project's services.
-    pub fn service(ready: &Ready, binary: &str, label: String, args: Vec<String>) -> Self {
+    pub fn service(
+        ready: &Ready,
+        binary: &str,
+        label: String,
+        args: Vec<String>,
+        servers: String,
+    ) -> Self {
         Self {
             label,
             program: ready.binaries.join(binary),
             args,
             hide: None,
             holds: None,
+            servers: Some(servers),
         }
     }
 }
@@ -142,16 +152,38 @@ async fn print(spec: Spec, output: impl AsyncRead + Unpin) {
     let mut lines = BufReader::new(output).lines();
     while let Ok(Some(line)) = lines.next_line().await {
         if spec.hide.is_none_or(|hidden| !line.contains(hidden)) {
-            // Nobody may be reading any more; the child must not notice.
-            let _ = writeln!(std::io::stdout(), "{:<12} | {line}", spec.label);
+            print_line(format!("{:<12} | {line}", spec.label));
         }
     }
+}
+
+/// How many lines wait to be printed; further ones are dropped. Where nobody reads, neither this
+/// process nor its children must wait.
+const LINES: usize = 4096;
+
+/// Prints a line, at some time and if somebody reads.
+pub fn print_line(line: String) {
+    static PRINTER: LazyLock<SyncSender<String>> = LazyLock::new(|| {
+        let (lines, waiting) = sync_channel::<String>(LINES);
+        std::thread::spawn(move || {
+            for line in waiting {
+                let _ = writeln!(std::io::stdout(), "{line}");
+            }
+        });
+        lines
+    });
+    let _ = PRINTER.try_send(line);
 }
 
 fn spawn(spec: &Spec) -> std::io::Result<Child> {
     let mut command = Command::new(&spec.program);
     command
         .args(&spec.args)
+        .envs(
+            spec.servers
+                .as_ref()
+                .map(|servers| ("EVENODD_NATS", servers)),
+        )
         .stdin(match &spec.holds {
             Some(file) => Stdio::from(file.try_clone()?),
             None => Stdio::null(),

@@ -41,6 +41,9 @@ pub async fn check(up: &Up) -> Result<Ready, Vec<String>> {
         lock: None,
     };
     note(binaries().map(|path| ready.binaries = path));
+    // Held until all are checked, so that a port that is wanted twice is found as well.
+    let mut held = Vec::new();
+    let mut is_free = |address, flag| listen(address, flag).map(|socket| held.push(socket));
     for n in 0..up.gateways {
         note(is_free(up.http(n), "--http"));
     }
@@ -74,9 +77,8 @@ fn binaries() -> anyhow::Result<PathBuf> {
     Ok(directory)
 }
 
-fn is_free(address: SocketAddr, flag: &str) -> anyhow::Result<()> {
+fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address)
-        .map(drop)
         .with_context(|| format!("cannot listen on {address}; choose another with {flag}"))
 }
 
