@@ -68,6 +68,7 @@ impl Pipeline {
         let args = ["--nats", &url, "--http", "127.0.0.1:0"];
         let mut process = Process::start(&self.scratch, "gateway", &args);
         let line = process.wait_for("serving http://").await;
+        process.wait_for("connected to NATS").await;
         let address = line.split("http://").nth(1).unwrap();
         let address = address.split('/').next().unwrap().to_owned();
         (process, address)
@@ -76,6 +77,7 @@ impl Pipeline {
     async fn started(&self, binary: &str, args: &[&str], log: &str) -> Process {
         let mut process = Process::start(&self.scratch, binary, args);
         process.wait_for(log).await;
+        process.wait_for("connected to NATS").await;
         process
     }
 
