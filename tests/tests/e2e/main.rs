@@ -4,6 +4,7 @@
 
 mod gateway;
 mod generator;
+mod install;
 mod multiplier;
 mod outages;
 mod process;
