@@ -130,9 +130,12 @@ where
 }
 
 fn abandon(due: Due, reason: &str) {
+    /// Since the process started.
+    static ABANDONED: AtomicUsize = AtomicUsize::new(0);
+    let total = ABANDONED.fetch_add(1, Ordering::Relaxed) + 1;
     let number = due.product.number();
     let (even, odd) = (due.product.even(), due.product.odd());
-    error!(slot = %due.slot, number, even, odd, "abandoned: {reason}");
+    error!(slot = %due.slot, number, even, odd, total, "abandoned: {reason}");
 }
 
 #[cfg(test)]
