@@ -4,7 +4,8 @@
 //! and whose that is does the tick. While the stream does not answer, because it has no leader or
 //! the broker is frozen, the replicas settle it among themselves: each says on `ticks.taking`
 //! that it would take the slot, and of those that heard each other the one with the smallest id
-//! does. A replica that does not hear its own bid is cut off, and leaves the slot alone.
+//! does. A replica that hears no bid, not even its own, is cut off, and goes on only if its claim
+//! is answered after all.
 
 use std::time::{Duration, Instant};
 
