@@ -8,8 +8,8 @@ use async_nats::{Client, Message};
 use bytes::Bytes;
 use futures::StreamExt;
 use serde_json::json;
-use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, UtcOffset};
 
 /// The most messages that one batch may ask for.
 pub const MAX_BATCH: usize = 1000;
@@ -62,7 +62,22 @@ pub enum ReadError {
     },
 }
 
-/// Up to `limit` messages (1 to [`MAX_BATCH`]) from sequence `from` on, in order. Fewer, or none,
+/// Where to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// With this sequence, or the next one that there is.
+    Sequence(u64),
+    /// With the first message that was stored at this time or later.
+    Time(OffsetDateTime),
+}
+
+impl From<u64> for Start {
+    fn from(sequence: u64) -> Self {
+        Self::Sequence(sequence)
+    }
+}
+
+/// Up to `limit` messages (1 to [`MAX_BATCH`]) from `start` on, in order. Fewer, or none,
 /// if the stream, or the replica that answers, has no more yet.
 ///
 /// # Errors
@@ -70,16 +85,19 @@ pub enum ReadError {
 pub async fn read(
     client: &Client,
     stream: &'static str,
-    from: u64,
+    start: impl Into<Start>,
     limit: usize,
 ) -> Result<Vec<Entry>, ReadError> {
-    let batch = limit.clamp(1, MAX_BATCH);
-    ask(
-        client,
-        stream,
-        json!({ "seq": from.max(1), "batch": batch }),
-    )
-    .await
+    let mut request = json!({ "batch": limit.clamp(1, MAX_BATCH) });
+    match start.into() {
+        Start::Sequence(sequence) => request["seq"] = sequence.max(1).into(),
+        // A time beyond the year 9999 cannot be written, and nothing was stored then.
+        Start::Time(time) => match time.to_offset(UtcOffset::UTC).format(&Rfc3339) {
+            Ok(time) => request["start_time"] = time.into(),
+            Err(_) => return Ok(Vec::new()),
+        },
+    }
+    ask(client, stream, request).await
 }
 
 /// The last message on `subject`, if there is one.
