@@ -1,7 +1,12 @@
-//! A small HTTP client: one request, one connection.
+//! A small HTTP client: one request, one connection. It speaks HTTP/1.0, so that every body ends
+//! with its connection and needs no decoding.
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::PATIENCE;
 
 /// An answer.
 #[derive(Debug)]
@@ -10,16 +15,46 @@ pub struct Answer {
     pub status: u16,
     /// The status line and the headers, in lower case.
     pub head: String,
-    /// The body.
+    /// The body as text.
     pub body: String,
+    /// The body as it came.
+    pub bytes: Vec<u8>,
 }
 
 impl Answer {
+    fn new(head: &str, bytes: Vec<u8>) -> Self {
+        Self {
+            status: status(head),
+            head: lower_names(head),
+            body: String::from_utf8_lossy(&bytes).into_owned(),
+            bytes,
+        }
+    }
+
     /// The body as JSON.
     #[must_use]
-    pub fn json(&self) -> serde_json::Value {
+    pub fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
+
+    /// A header's value in lower case, if it is there.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        header(&self.head, name)
+    }
+
+    /// The `seq` of every number in the body.
+    #[must_use]
+    pub fn sequences(&self) -> Vec<u64> {
+        let body = self.json();
+        let numbers = body["numbers"].as_array().unwrap();
+        numbers.iter().map(|n| n["seq"].as_u64().unwrap()).collect()
+    }
+}
+
+fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+    let name = format!("{}: ", name.to_lowercase());
+    head.lines().find_map(|line| line.strip_prefix(&name))
 }
 
 /// `GET path`, with further header lines such as `Accept: text/plain`.
@@ -27,22 +62,146 @@ pub async fn get(address: &str, path: &str, headers: &[&str]) -> Answer {
     request(address, "GET", path, headers).await
 }
 
+/// `POST path` with a body in JSON, to a server that speaks HTTP/1.1 alone.
+pub async fn post(address: &str, path: &str, body: &Value) -> Answer {
+    let body = body.to_string();
+    let length = body.len();
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!(
+        "POST {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    // The answer has a length; the connection may stay open.
+    let mut reader = BufReader::new(stream);
+    let head = head(&mut reader).await;
+    let length = header(&lower_names(&head), "content-length").map(|length| length.parse());
+    let mut bytes = vec![0; length.expect("a length").unwrap()];
+    reader.read_exact(&mut bytes).await.unwrap();
+    Answer::new(&head, bytes)
+}
+
 /// A request without a body.
 pub async fn request(address: &str, method: &str, path: &str, headers: &[&str]) -> Answer {
+    answer(send(address, method, path, headers).await).await
+}
+
+async fn answer(stream: TcpStream) -> Answer {
+    let mut reader = BufReader::new(stream);
+    let head = head(&mut reader).await;
+    let mut bytes = Vec::new();
+    let read = timeout(PATIENCE, reader.read_to_end(&mut bytes));
+    read.await.expect("no end").unwrap();
+    Answer::new(&head, bytes)
+}
+
+/// Reads up to the body.
+async fn head(reader: &mut BufReader<TcpStream>) -> String {
+    let mut head = String::new();
+    while !head.ends_with("\r\n\r\n") {
+        let read = timeout(PATIENCE, reader.read_line(&mut head)).await;
+        assert!(read.expect("no answer").unwrap() > 0, "closed: {head}");
+    }
+    head
+}
+
+async fn send(address: &str, method: &str, path: &str, headers: &[&str]) -> TcpStream {
     let mut stream = TcpStream::connect(address).await.unwrap();
-    let mut head = format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n");
+    let mut head = format!("{method} {path} HTTP/1.0\r\nHost: {address}\r\n");
     for header in headers {
         head += header;
         head += "\r\n";
     }
     stream.write_all((head + "\r\n").as_bytes()).await.unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    Answer {
-        status,
-        head: head.to_lowercase(),
-        body: body.to_owned(),
+    stream
+}
+
+fn status(head: &str) -> u16 {
+    head.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+/// Header names are compared in lower case; their values stay as they are.
+fn lower_names(head: &str) -> String {
+    let lines = head.lines().map(|line| match line.split_once(':') {
+        Some((name, value)) => format!("{}: {}\n", name.to_lowercase(), value.trim()),
+        None => format!("{line}\n"),
+    });
+    lines.collect()
+}
+
+/// A body that goes on, read line by line.
+pub struct Lines {
+    /// The status code.
+    pub status: u16,
+    /// The status line and the headers, their names in lower case.
+    pub head: String,
+    reader: BufReader<TcpStream>,
+}
+
+/// A server-sent event.
+#[derive(Debug)]
+pub struct Event {
+    /// What kind of event.
+    pub name: String,
+    /// The position after it.
+    pub id: u64,
+    /// What it says.
+    pub data: Value,
+}
+
+impl Lines {
+    /// `GET path`, answered with a head.
+    pub async fn open(address: &str, path: &str, headers: &[&str]) -> Self {
+        Self::over(send(address, "GET", path, headers).await).await
+    }
+
+    /// What comes over a connection on which the request was sent.
+    pub async fn over(stream: TcpStream) -> Self {
+        let mut reader = BufReader::new(stream);
+        let head = head(&mut reader).await;
+        Self {
+            status: status(&head),
+            head: lower_names(&head),
+            reader,
+        }
+    }
+
+    /// The next line; `None` at the end.
+    pub async fn line(&mut self) -> Option<String> {
+        let mut line = String::new();
+        let read = timeout(PATIENCE, self.reader.read_line(&mut line)).await;
+        // A connection that is reset has ended as well.
+        let read = read.expect("nothing came for a long time").unwrap_or(0);
+        (read > 0).then(|| line.trim_end().to_owned())
+    }
+
+    /// The next event; comments and `retry` are left out. `None` at the end.
+    pub async fn event(&mut self) -> Option<Event> {
+        let (mut name, mut id, mut data) = (None, None, None);
+        loop {
+            let line = self.line().await?;
+            match line.split_once(": ") {
+                Some(("event", value)) => name = Some(value.to_owned()),
+                Some(("id", value)) => id = Some(value.parse().unwrap()),
+                Some(("data", value)) => data = Some(serde_json::from_str(value).unwrap()),
+                _ => {}
+            }
+            if line.is_empty()
+                && let (Some(name), Some(id), Some(data)) = (name.take(), id, data.take())
+            {
+                return Some(Event { name, id, data });
+            }
+        }
+    }
+
+    /// The sequences of the next events, all of which are numbers.
+    pub async fn sequences(&mut self, count: usize) -> Vec<u64> {
+        let mut sequences = Vec::with_capacity(count);
+        while sequences.len() < count {
+            let event = self.event().await.expect("the feed ended");
+            assert_eq!(event.name, "number", "{event:?}");
+            assert_eq!(event.data["seq"], event.id);
+            sequences.push(event.id);
+        }
+        sequences
     }
 }

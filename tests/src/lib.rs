@@ -7,19 +7,19 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, clippy::missing_panics_doc)]
 
 mod broker;
+pub mod browser;
 pub mod http;
 mod pipeline;
 mod process;
 mod ticks;
 
-use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 
 pub use broker::{Broker, nats_server};
-pub use pipeline::Pipeline;
+pub use pipeline::{Pipeline, gateway};
 pub use process::Process;
 pub use ticks::Ticks;
 
@@ -69,7 +69,7 @@ pub fn repository() -> &'static Path {
 ///
 /// # Panics
 /// If it does not within [`PATIENCE`].
-pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
+pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let start = Instant::now();
     while !condition().await {
         assert!(start.elapsed() < PATIENCE, "never came true: {what}");

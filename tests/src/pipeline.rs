@@ -1,9 +1,12 @@
 //! A broker, provisioned, with services on it.
 
+use std::time::Duration;
+
 use async_nats::Client;
-use contract::Parity;
 use contract::streams::NUMBERS;
+use contract::{Parity, Product, Slot, subjects};
 use runtime::history::{self, Entry};
+use runtime::jetstream;
 
 use crate::{Broker, Process, Scratch, connect};
 
@@ -64,14 +67,27 @@ impl Pipeline {
 
     /// A gateway, and the address it serves.
     pub async fn gateway(&self) -> (Process, String) {
-        let url = self.broker.url();
-        let args = ["--nats", &url, "--http", "127.0.0.1:0"];
-        let mut process = Process::start(&self.scratch, "gateway", &args);
-        let line = process.wait_for("serving http://").await;
+        self.gateway_with(&[]).await
+    }
+
+    /// A gateway with further arguments.
+    pub async fn gateway_with(&self, args: &[&str]) -> (Process, String) {
+        let (mut process, address) = gateway(&self.scratch, &self.broker.url(), args).await;
         process.wait_for("connected to NATS").await;
-        let address = line.split("http://").nth(1).unwrap();
-        let address = address.split('/').next().unwrap().to_owned();
         (process, address)
+    }
+
+    /// Publishes one more number, the same every time, and returns its sequence.
+    pub async fn publish(&self, slot: u64) -> u64 {
+        let payload = Product::new(846, 511).unwrap().encode();
+        self.store(slot, payload).await
+    }
+
+    /// Publishes whatever it is.
+    pub async fn store(&self, slot: u64, payload: Vec<u8>) -> u64 {
+        let (subject, timeout) = (subjects::PUBLISHED, Duration::from_secs(5));
+        let ack = jetstream::publish(&self.client, subject, Slot(slot), payload.into(), timeout);
+        ack.await.unwrap().sequence
     }
 
     async fn started(&self, binary: &str, args: &[&str], log: &str) -> Process {
@@ -91,7 +107,12 @@ impl Pipeline {
 
     /// The whole history (of less than a thousand messages).
     pub async fn history(&self) -> Vec<Entry> {
-        history::read(&self.client, NUMBERS, 1, history::MAX_BATCH)
+        self.entries(1, history::MAX_BATCH).await
+    }
+
+    /// Up to `limit` stored messages, from a sequence on.
+    pub async fn entries(&self, from: u64, limit: usize) -> Vec<Entry> {
+        history::read(&self.client, NUMBERS, from, limit)
             .await
             .unwrap()
     }
@@ -101,4 +122,14 @@ impl Pipeline {
         let (status, output) = self.evenodd(&["verify"]).await;
         assert_eq!(status, Some(0), "{output}");
     }
+}
+
+/// A gateway that may or may not find a broker, and the address it serves.
+pub async fn gateway(scratch: &Scratch, url: &str, args: &[&str]) -> (Process, String) {
+    let args = [&["--nats", url, "--http", "127.0.0.1:0"], args].concat();
+    let mut process = Process::start(scratch, "gateway", &args);
+    let line = process.wait_for("serving http://").await;
+    let address = line.split("http://").nth(1).unwrap();
+    let address = address.split('/').next().unwrap().to_owned();
+    (process, address)
 }

@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod provision;
+mod token;
 mod up;
 mod verify;
 
@@ -31,6 +32,7 @@ enum Command {
     Up(up::Up),
     Provision(provision::Provision),
     Verify(verify::Verify),
+    Token(token::Token),
 }
 
 /// The whole of `main`. Status 0 if all is well, 1 if not, 2 for wrong settings.
@@ -49,6 +51,7 @@ pub fn main() -> ExitCode {
                 Command::Up(up) => up.run(&cli.log).await,
                 Command::Provision(provision) => provision.run().await,
                 Command::Verify(verify) => verify.run().await,
+                Command::Token(token) => token.run(),
             }
         })
     });

@@ -257,6 +257,7 @@ impl Up {
         let verify = ready.binaries.join("evenodd");
         format!(
             "\nEvenodd is running: {} x even, {} x odd, {} x multiplier, {} x gateway.\n\n  \
+             page      http://{http}/\n  \
              numbers   curl http://{http}/numbers\n  \
              live      nats{port} sub numbers.published\n  \
              ticks     nats{port} sub ticks.done\n  \

@@ -1,11 +1,18 @@
 //! Service 4: an HTTP server that reads the history ahead of its clients.
 //!
 //! `reader` follows the stream and makes a `snapshot` of the last 100 numbers for every new
-//! message; `routes` answers from the snapshot alone; `serve` is the loop over connections.
-//! A request never waits for the broker.
+//! message; `routes` answers from it, and asks `history` only for what is older. `live` goes on
+//! where a client was, `replicas` knows who is alive, `access` who may ask, and `serve` is the
+//! loop over connections.
 
+mod access;
+mod encoding;
+mod history;
+mod live;
 mod problem;
+mod query;
 mod reader;
+mod replicas;
 mod routes;
 mod serve;
 mod snapshot;
@@ -15,16 +22,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use async_nats::Client;
 use clap::Parser;
 use contract::subjects;
-use runtime::micro::{self, Description};
+use runtime::micro::{self, Counters, Description};
 use runtime::settings::{CommonSettings, milliseconds};
 use runtime::{Service, connection};
 use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use crate::access::{Access, AccessSettings};
+use crate::history::History;
 use crate::reader::Reader;
+use crate::replicas::{List, Replicas};
 use crate::serve::Bounds;
 use crate::snapshot::State;
 
@@ -59,6 +71,43 @@ pub struct Settings {
     /// connection is closed after the same time
     #[arg(long, env = "EVENODD_HEADER_MS", value_name = "MS", default_value = "10000", value_parser = milliseconds(10..=600_000))]
     header_ms: Duration,
+
+    /// How long the head of a request may be, in bytes
+    #[arg(long, env = "EVENODD_HEADER_BYTES", value_name = "N", default_value = "16384", value_parser = clap::value_parser!(u32).range(8192..=1_048_576))]
+    header_bytes: u32,
+
+    /// How long an answer may take to be made, and how long a client may take nothing of it, in
+    /// milliseconds
+    #[arg(long, env = "EVENODD_REQUEST_MS", value_name = "MS", default_value = "30000", value_parser = milliseconds(100..=600_000))]
+    request_ms: Duration,
+
+    /// How many event streams are open at once; further ones are refused
+    #[arg(long, env = "EVENODD_MAX_EVENT_STREAMS", value_name = "N", default_value = "10000", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    max_event_streams: u32,
+
+    /// How many exports of the history are in progress at once; further ones are refused
+    #[arg(long, env = "EVENODD_MAX_EXPORTS", value_name = "N", default_value = "4", value_parser = clap::value_parser!(u32).range(0..=1000))]
+    max_exports: u32,
+
+    /// How often the history is read at random, beyond the last 100 numbers, in a second
+    #[arg(long, env = "EVENODD_HISTORY_READS", value_name = "N", default_value = "20", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    history_reads: u32,
+
+    #[command(flatten)]
+    access: AccessSettings,
+}
+
+/// What everybody who answers needs.
+struct Gateway {
+    client: Client,
+    state: Arc<State>,
+    history: Arc<History>,
+    replicas: watch::Receiver<List>,
+    access: Option<Arc<Access>>,
+    event_streams: Arc<Semaphore>,
+    request_time: Duration,
+    counters: Arc<Counters>,
+    shutdown: CancellationToken,
 }
 
 impl Service for Settings {
@@ -67,6 +116,7 @@ impl Service for Settings {
     }
 
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let access = Access::new(self.access.clone())?;
         serve::raise_file_limit(self.max_connections);
         let listener = TcpListener::bind(self.http).await.with_context(|| {
             format!(
@@ -77,20 +127,47 @@ impl Service for Settings {
         let address = listener.local_addr()?;
         let client = connection::connect(&self.common.nats, ABOUT.name, ABOUT.name).await?;
         let micro = micro::announce(&client, ABOUT).await?;
-        let state = Arc::new(State::default());
+        let state = Arc::new(State::new());
         let reader = Reader::new(client.clone(), state.clone()).await?;
-        let routes = routes::all(state, client.clone(), micro.counters.clone());
+        let (replicas, list) = Replicas::new(client.clone()).await?;
+        let reload = access.clone();
+        let routes = routes::all(Arc::new(Gateway {
+            history: Arc::new(History::new(
+                client.clone(),
+                self.history_reads,
+                self.max_exports,
+            )),
+            client: client.clone(),
+            state,
+            replicas: list,
+            access,
+            event_streams: Arc::new(Semaphore::new(self.max_event_streams as usize)),
+            request_time: self.request_ms,
+            counters: micro.counters.clone(),
+            shutdown: shutdown.clone(),
+        }));
         let bounds = Bounds {
             connections: self.max_connections,
             header_time: self.header_ms,
+            header_bytes: self.header_bytes as usize,
+            stall: self.request_ms,
             drain: self.common.drain_ms.mul_f64(0.8),
         };
-        info!(id = micro.id, "serving http://{address}/numbers");
+        info!(id = micro.id, "serving http://{address}/");
         tokio::select! {
             never = reader.run() => never?,
+            never = replicas.run() => never?,
+            never = reload_on_hangup(reload) => never?,
             () = serve::serve(listener, routes, bounds, shutdown) => {}
         }
         connection::flush(&client).await;
         Ok(())
+    }
+}
+
+async fn reload_on_hangup(access: Option<Arc<Access>>) -> anyhow::Result<()> {
+    match access {
+        Some(access) => access.reload_on_hangup().await,
+        None => std::future::pending().await,
     }
 }

@@ -1,5 +1,8 @@
 //! Errors as HTTP: problem documents (RFC 9457). This is the only place that makes them.
 
+use std::fmt;
+use std::time::Duration;
+
 use serde_json::json;
 use warp::http::{HeaderName, HeaderValue, StatusCode, header};
 use warp::reply::Response;
@@ -21,14 +24,35 @@ impl Problem {
         }
     }
 
-    fn with(mut self, name: HeaderName, value: &'static str) -> Self {
-        self.header = Some((name, HeaderValue::from_static(value)));
+    fn with(mut self, name: HeaderName, value: impl Into<HeaderValue>) -> Self {
+        self.header = Some((name, value.into()));
         self
     }
 
     /// 400: what is wrong, and what is allowed.
     pub fn bad_request(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, detail)
+    }
+
+    /// 401 for a request without a token (RFC 6750, section 3).
+    pub fn token_missing() -> Self {
+        Self::new(
+            StatusCode::UNAUTHORIZED,
+            "this needs a token: Authorization: Bearer ...",
+        )
+        .with(
+            header::WWW_AUTHENTICATE,
+            HeaderValue::from_static("Bearer realm=\"evenodd\""),
+        )
+    }
+
+    /// 401 for a token that does not do. What is wrong with it is nobody's business.
+    pub fn token_invalid() -> Self {
+        let challenge = "Bearer realm=\"evenodd\", error=\"invalid_token\"";
+        Self::new(StatusCode::UNAUTHORIZED, "the token is not valid").with(
+            header::WWW_AUTHENTICATE,
+            HeaderValue::from_static(challenge),
+        )
     }
 
     /// 404.
@@ -42,12 +66,28 @@ impl Problem {
             StatusCode::METHOD_NOT_ALLOWED,
             "only GET and HEAD are allowed",
         )
-        .with(header::ALLOW, "GET, HEAD")
+        .with(
+            header::ALLOW,
+            HeaderValue::from_static("GET, HEAD, OPTIONS"),
+        )
+    }
+
+    /// 429: more is asked for than is good for the broker; when to try again.
+    pub fn too_many_requests(detail: impl Into<String>, wait: Duration) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, detail)
+            .with(header::RETRY_AFTER, wait.as_secs().max(1))
     }
 
     /// 503: not now; try again in a second.
     pub fn unavailable(detail: impl Into<String>) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, detail).with(header::RETRY_AFTER, "1")
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, detail)
+            .with(header::RETRY_AFTER, HeaderValue::from_static("1"))
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.detail)
     }
 }
 

@@ -145,9 +145,8 @@ impl Reader {
 
     /// The last 100 valid numbers of a stream that is read for the first time.
     async fn start(&self, created: OffsetDateTime) -> anyhow::Result<Snapshot> {
-        let empty = Snapshot::empty(created);
         let Some(last) = history::last(&self.client, NUMBERS, subjects::PUBLISHED).await? else {
-            return Ok(empty);
+            return Ok(Snapshot::empty(created, 0));
         };
         let last = last.sequence;
         let mut back = LAST as u64;
@@ -160,10 +159,11 @@ impl Reader {
                 let Some(end) = entries.last() else { break };
                 next = end.sequence + 1;
                 numbers.extend(valid(&entries));
-                // Of a long stretch only the end counts.
-                numbers.drain(..numbers.len().saturating_sub(LAST));
+                // Of a long stretch only the end counts, and that there was something before it.
+                numbers.drain(..numbers.len().saturating_sub(LAST + 1));
             }
-            let snapshot = empty.with(numbers, next.saturating_sub(1).max(last));
+            let snapshot =
+                Snapshot::empty(created, from - 1).with(numbers, next.saturating_sub(1).max(last));
             if snapshot.len() == LAST || from == 1 || back >= MAX_BACK {
                 return Ok(snapshot);
             }
@@ -189,7 +189,7 @@ impl Reader {
 }
 
 /// The numbers that messages hold. A message that holds none is skipped, and never stops anybody.
-fn valid(entries: &[Entry]) -> Vec<Number> {
+pub fn valid(entries: &[Entry]) -> Vec<Number> {
     let mut invalid = 0;
     let mut numbers = Vec::with_capacity(entries.len());
     for entry in entries {

@@ -1,232 +1,477 @@
-//! What is answered to which request. Every answer comes from memory.
+//! What is answered to which request.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use async_nats::Client;
 use bytes::Bytes;
 use runtime::connection;
-use runtime::micro::Counters;
+use runtime::history::MAX_BATCH;
+use serde::Serialize;
 use serde_json::json;
+use tracing::debug;
 use warp::filters::BoxedFilter;
-use warp::http::{HeaderMap, HeaderValue, Method, header};
+use warp::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use warp::path::FullPath;
 use warp::reply::Response;
-use warp::{Filter, Rejection};
+use warp::{Filter, Reply};
 
+use crate::Gateway;
+use crate::encoding::{Encoding, prefers};
+use crate::history::Position;
+use crate::live::{Feed, Wish};
 use crate::problem::Problem;
-use crate::snapshot::{LAST, State};
+use crate::query::{Query, digits};
+use crate::snapshot::{Format, LAST, STALE, Snapshot, stream_id};
 
-/// What handlers look at of a request.
-#[derive(Debug)]
+type Answer = Result<Response, Problem>;
+
+const CSV: &str = "text/csv; charset=utf-8";
+const EVENTS: &str = "text/event-stream";
+const JSON: &str = "application/json";
+const LINES: &str = "application/x-ndjson";
+const TEXT: &str = "text/plain; charset=utf-8";
+
+/// How many numbers a page of the history has unless the client says.
+const PAGE: u64 = 100;
+/// How far beyond the end a sequence may be for a client to have seen it at another replica.
+const AHEAD: u64 = 16;
+
+/// On every answer, unless it has its own. Nothing here is to be framed, sniffed, or run; and
+/// everything may be read by a script of any origin (the Fetch standard, CORS).
+const HEADERS: [(HeaderName, HeaderValue); 5] = [
+    (
+        header::CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'"),
+    ),
+    (
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    ),
+    (
+        header::REFERRER_POLICY,
+        HeaderValue::from_static("no-referrer"),
+    ),
+    (
+        header::ACCESS_CONTROL_ALLOW_ORIGIN,
+        HeaderValue::from_static("*"),
+    ),
+    (
+        header::ACCESS_CONTROL_EXPOSE_HEADERS,
+        HeaderValue::from_static("Age, ETag, Link, Retry-After"),
+    ),
+];
+/// The page runs its own script, has its own style, and asks this gateway alone.
+const PAGE_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
+    connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// What is looked at of a request.
 struct Ask {
     method: Method,
-    query: Option<String>,
+    path: FullPath,
+    query: String,
     headers: HeaderMap,
 }
 
-/// All routes. What no route takes is answered here too: nothing is rejected.
-pub fn all(state: Arc<State>, client: Client, counters: Arc<Counters>) -> BoxedFilter<(Response,)> {
-    let numbers = {
-        let state = state.clone();
-        route("numbers", move |ask| numbers(&state, ask))
-    };
-    let healthz = route("healthz", |_| Ok(plain_json(&json!({ "status": "ok" }))));
-    let readyz = route("readyz", move |_| {
-        ready(&state, connection::is_connected(&client))
-    });
-    let nowhere = warp::path::full().map(|path: FullPath| {
-        let detail = format!("there is nothing at {}; try /numbers", path.as_str());
-        Response::from(Problem::not_found(detail))
-    });
-    let begun = warp::any().map(Instant::now);
-    begun
-        .and(
-            numbers
-                .or(healthz)
-                .unify()
-                .or(readyz)
-                .unify()
-                .or(nowhere)
-                .unify(),
-        )
-        .map(move |begun: Instant, response: Response| {
-            counters.count(begun.elapsed(), response.status().is_server_error());
-            response
+impl Ask {
+    fn query(&self) -> Result<Query, Problem> {
+        Query::parse(&self.query)
+    }
+
+    /// The answer to HEAD has no body; one that would be streamed is not even begun.
+    fn is_head(&self) -> bool {
+        self.method == Method::HEAD
+    }
+}
+
+/// All routes, as one filter that rejects nothing.
+pub fn all(gateway: Arc<Gateway>) -> BoxedFilter<(Response,)> {
+    let query = warp::query::raw().or(warp::any().map(String::new)).unify();
+    warp::method()
+        .and(warp::path::full())
+        .and(query)
+        .and(warp::header::headers_cloned())
+        .then(move |method, path, query, headers| {
+            let ask = Ask {
+                method,
+                path,
+                query,
+                headers,
+            };
+            let gateway = gateway.clone();
+            async move { respond(&gateway, &ask).await }
         })
         .boxed()
 }
 
-/// A route for GET and HEAD at one path.
-fn route(
-    path: &'static str,
-    answer: impl Fn(&Ask) -> Result<Response, Problem> + Clone + Send + Sync + 'static,
-) -> impl Filter<Extract = (Response,), Error = Rejection> + Clone + Send + Sync + 'static {
-    let query = warp::query::raw()
-        .map(Some)
-        .or(warp::any().map(|| None))
-        .unify();
-    warp::path(path)
-        .and(warp::path::end())
-        .and(warp::method())
-        .and(query)
-        .and(warp::header::headers_cloned())
-        .map(move |method, query, headers| {
-            let ask = Ask {
-                method,
-                query,
-                headers,
-            };
-            match ask.method {
-                Method::GET | Method::HEAD => answer(&ask),
-                _ => Err(Problem::method_not_allowed()),
-            }
-            .unwrap_or_else(Response::from)
-        })
+/// Answers within the time for it, and keeps the books.
+async fn respond(gateway: &Arc<Gateway>, ask: &Ask) -> Response {
+    let begun = Instant::now();
+    let answer = tokio::time::timeout(gateway.request_time, dispatch(gateway, ask)).await;
+    let answer = answer.unwrap_or_else(|_| Err(Problem::unavailable("this took too long")));
+    let mut response = answer.unwrap_or_else(Response::from);
+    let (status, took) = (response.status(), begun.elapsed());
+    gateway.counters.count(took, status.is_server_error());
+    // Never the query: it may hold a token.
+    debug!(method = %ask.method, path = ask.path.as_str(), status = status.as_u16(), ?took, "request");
+    let headers = response.headers_mut();
+    for (name, value) in HEADERS {
+        headers.entry(name).or_insert(value);
+    }
+    response
 }
 
-fn numbers(state: &State, ask: &Ask) -> Result<Response, Problem> {
-    let limit = limit(ask.query.as_deref())?;
-    let snapshot = state
-        .snapshot()
-        .ok_or_else(|| Problem::unavailable("the history was not read yet; see /readyz"))?;
-    let (body, content_type) = if wants_text(&ask.headers) {
-        (snapshot.text(limit), "text/plain; charset=utf-8")
+async fn dispatch(gateway: &Arc<Gateway>, ask: &Ask) -> Answer {
+    match ask.method {
+        Method::GET | Method::HEAD => {}
+        Method::OPTIONS => return Ok(options()),
+        _ => return Err(Problem::method_not_allowed()),
+    }
+    let path = ask.path.as_str();
+    // What tells nothing of the numbers is for everybody: a browser has no token yet when it opens
+    // the page. The live feed looks for its token itself.
+    match path {
+        "/healthz" => return healthz(ask),
+        "/readyz" => return readyz(gateway, ask),
+        "/numbers/live" => return live(gateway, ask),
+        _ => {}
+    }
+    if let Some((body, content_type)) = file(path) {
+        ask.query()?.end()?;
+        return Ok(page(body, content_type));
+    }
+    if let Some(access) = &gateway.access {
+        access.check(&ask.headers, None)?;
+    }
+    match path {
+        "/numbers" => numbers(gateway, ask).await,
+        "/history" => history(gateway, ask).await,
+        "/history.ndjson" => export(gateway, ask, Format::Lines).await,
+        "/history.csv" => export(gateway, ask, Format::Csv).await,
+        "/replicas" => replicas(gateway, ask),
+        _ => match path.strip_prefix("/numbers/") {
+            Some(seq) => number(gateway, ask, seq).await,
+            None => Err(Problem::not_found(format!(
+                "there is nothing at {path}; see /docs"
+            ))),
+        },
+    }
+}
+
+/// What is embedded: the page, and the description of the API.
+fn file(path: &str) -> Option<(&'static str, &'static str)> {
+    const HTML: &str = "text/html; charset=utf-8";
+    const SCRIPT: &str = "text/javascript; charset=utf-8";
+    const STYLE: &str = "text/css; charset=utf-8";
+    Some(match path {
+        "/" => (include_str!("../page/index.html"), HTML),
+        "/page.js" => (include_str!("../page/page.js"), SCRIPT),
+        "/page.css" => (include_str!("../page/page.css"), STYLE),
+        "/docs" => (include_str!("../page/docs.html"), HTML),
+        "/docs.css" => (include_str!("../page/docs.css"), STYLE),
+        "/docs.js" => (include_str!("../page/docs.js"), SCRIPT),
+        "/openapi.json" => (include_str!("../openapi.json"), JSON),
+        _ => return None,
+    })
+}
+
+async fn numbers(gateway: &Gateway, ask: &Ask) -> Answer {
+    let mut query = ask.query()?;
+    let limit = query.number("limit", 1..=LAST as u64)?;
+    query.end()?;
+    let limit = limit
+        .and_then(|limit| limit.try_into().ok())
+        .unwrap_or(LAST);
+    let mut snapshot = gateway.snapshot()?;
+    let seen = ask
+        .headers
+        .get(header::IF_NONE_MATCH)
+        .and_then(|value| value.to_str().ok());
+    if let Some(seq) = seen.and_then(|seen| seen_sequence(&snapshot, seen))
+        && seq > snapshot.last_seq
+    {
+        snapshot = gateway.snapshot_with(seq).await?;
+    }
+    let mut response = if seen.is_some_and(|seen| matches(&snapshot, seen)) {
+        let mut response = Response::default();
+        *response.status_mut() = StatusCode::NOT_MODIFIED;
+        response
+    } else if prefers(&ask.headers, "text/plain", JSON) {
+        answer(snapshot.text(limit), TEXT)
     } else {
-        (snapshot.json(limit), "application/json")
+        let (body, encoding) = snapshot.json(limit, Encoding::accepted(&ask.headers));
+        let mut response = answer(body, JSON);
+        if let Some(name) = encoding.name() {
+            set(&mut response, header::CONTENT_ENCODING, name);
+        }
+        response
     };
-    let mut response = answer(body, content_type);
-    let vary = HeaderValue::from_static("Accept");
-    response.headers_mut().insert(header::VARY, vary);
+    response
+        .headers_mut()
+        .insert(header::ETAG, snapshot.etag.clone());
+    set(&mut response, header::CACHE_CONTROL, "no-cache");
+    set(&mut response, header::VARY, "Accept, Accept-Encoding");
+    Ok(aged(response, gateway.state.age()))
+}
+
+/// Whether one of the tags of `If-None-Match` is that of the snapshot (RFC 9110, section 13.1.2).
+fn matches(snapshot: &Snapshot, seen: &str) -> bool {
+    let opaque = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
+    let own = opaque(snapshot.etag.to_str().unwrap_or_default());
+    seen.trim() == "*" || seen.split(',').any(|tag| opaque(tag) == own)
+}
+
+/// The latest sequence of this stream that a client has seen, by the tags it has.
+fn seen_sequence(snapshot: &Snapshot, seen: &str) -> Option<u64> {
+    let sequences = seen.split(',').filter_map(|tag| {
+        let tag = tag.trim().trim_start_matches("W/").trim_matches('"');
+        let (stream, seq) = tag.split_once('-')?;
+        (stream == stream_id(snapshot.created)).then(|| seq.parse().ok())?
+    });
+    sequences.max()
+}
+
+async fn number(gateway: &Gateway, ask: &Ask, seq: &str) -> Answer {
+    ask.query()?.end()?;
+    let seq = digits(seq).filter(|seq| *seq > 0).ok_or_else(|| {
+        Problem::bad_request(format!(
+            "a sequence is a number from 1 to {}, not {seq:?}",
+            u64::MAX
+        ))
+    })?;
+    let snapshot = gateway.snapshot_near(seq).await?;
+    let last_seq = snapshot.last_seq;
+    if seq > last_seq {
+        let detail = format!("nothing was published as {seq} yet; the last sequence is {last_seq}");
+        return Err(Problem::not_found(detail));
+    }
+    let page = gateway
+        .history
+        .page(&snapshot, Position::After(seq - 1), 1)
+        .await?;
+    let number = page
+        .numbers
+        .first()
+        .filter(|number| number.seq == seq)
+        .ok_or_else(|| {
+            Problem::not_found(format!("what was stored as {seq} is not a valid number"))
+        })?;
+    Ok(aged(
+        answer(Format::Lines.all([number]).into(), JSON),
+        gateway.state.age(),
+    ))
+}
+
+/// `after` or `from` of a query; by default the beginning.
+fn position(query: &mut Query) -> Result<Position, Problem> {
+    match (query.number("after", 0..=u64::MAX)?, query.time("from")?) {
+        (Some(_), Some(_)) => Err(Problem::bad_request("give either after or from, not both")),
+        (None, Some(time)) => Ok(Position::From(time)),
+        (after, None) => Ok(Position::After(after.unwrap_or(0))),
+    }
+}
+
+async fn history(gateway: &Gateway, ask: &Ask) -> Answer {
+    let mut query = ask.query()?;
+    let position = position(&mut query)?;
+    let limit = query.number("limit", 1..=MAX_BATCH as u64)?.unwrap_or(PAGE);
+    query.end()?;
+    let snapshot = match position {
+        Position::After(seq) => gateway.snapshot_near(seq).await?,
+        Position::From(_) => gateway.snapshot()?,
+    };
+    let count = limit.try_into().unwrap_or(MAX_BATCH);
+    let page = gateway.history.page(&snapshot, position, count).await?;
+    let mut response = json_answer(&page);
+    if let Some(next) = page.next {
+        let link = format!("</history?after={next}&limit={limit}>; rel=\"next\"");
+        // Digits and ASCII: always a valid header.
+        if let Ok(link) = HeaderValue::from_str(&link) {
+            response.headers_mut().insert(header::LINK, link);
+        }
+    }
+    Ok(aged(response, gateway.state.age()))
+}
+
+async fn export(gateway: &Gateway, ask: &Ask, format: Format) -> Answer {
+    let mut query = ask.query()?;
+    let position = position(&mut query)?;
+    let until = query.time("until")?;
+    query.end()?;
+    let snapshot = gateway.snapshot()?;
+    let (content_type, disposition) = match format {
+        Format::Csv => (CSV, "attachment; filename=\"numbers.csv\""),
+        _ => (LINES, "attachment; filename=\"numbers.ndjson\""),
+    };
+    let mut response = if ask.is_head() {
+        Response::default()
+    } else {
+        let history = gateway
+            .history
+            .export(&snapshot, position, until, format)
+            .await?;
+        warp::reply::stream(history).into_response()
+    };
+    set(&mut response, header::CONTENT_TYPE, content_type);
+    set(&mut response, header::CONTENT_DISPOSITION, disposition);
+    set(&mut response, header::CACHE_CONTROL, "no-store");
     Ok(response)
 }
 
-/// The `limit` of a query: 1 to 100, by default all.
-fn limit(query: Option<&str>) -> Result<usize, Problem> {
-    let mut limit = LAST;
-    let mut given = false;
-    for pair in query
-        .unwrap_or("")
-        .split('&')
-        .filter(|pair| !pair.is_empty())
-    {
-        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        if name != "limit" {
-            return Err(Problem::bad_request(format!(
-                "there is no parameter {name:?}; there is limit=1..{LAST}"
-            )));
-        }
-        if std::mem::replace(&mut given, true) {
-            return Err(Problem::bad_request("limit is given more than once"));
-        }
-        limit = value
-            .parse()
-            .ok()
-            .filter(|limit| (1..=LAST).contains(limit))
-            .ok_or_else(|| {
-                Problem::bad_request(format!("limit is a number from 1 to {LAST}, not {value:?}"))
-            })?;
-    }
-    Ok(limit)
-}
-
-/// Whether text is preferred to JSON (RFC 9110, section 12.5.1).
-fn wants_text(headers: &HeaderMap) -> bool {
-    quality(headers, "text", "plain") > quality(headers, "application", "json")
-}
-
-/// The weight that `Accept` gives a media type, from 0 to 1. The most specific range counts.
-fn quality(headers: &HeaderMap, kind: &str, subkind: &str) -> f32 {
-    let accept = headers.get_all(header::ACCEPT);
-    let values = accept.iter().filter_map(|value| value.to_str().ok());
-    let weights = values
-        .flat_map(|value| value.split(','))
-        .filter_map(|range| {
-            let mut parts = range.split(';').map(str::trim);
-            let (a, b) = parts.next()?.split_once('/')?;
-            let specific = match (
-                a.eq_ignore_ascii_case(kind),
-                b.eq_ignore_ascii_case(subkind),
-            ) {
-                (true, true) => 2,
-                (true, false) if b == "*" => 1,
-                _ if (a, b) == ("*", "*") => 0,
-                _ => return None,
-            };
-            let weight = parts.find_map(|part| part.strip_prefix("q=")?.parse().ok());
-            Some((specific, weight.unwrap_or(1.0)))
-        });
-    weights
-        .max_by_key(|&(specific, _)| specific)
-        .map_or(0.0, |(_, weight)| weight)
-}
-
-fn ready(state: &State, connected: bool) -> Result<Response, Problem> {
-    let Some(snapshot) = state.snapshot() else {
-        return Err(Problem::unavailable("the history was not read yet"));
+fn live(gateway: &Arc<Gateway>, ask: &Ask) -> Answer {
+    let mut query = ask.query()?;
+    let token = query.text("access_token")?;
+    let ends = match &gateway.access {
+        Some(access) => Some(access.check(&ask.headers, token.as_deref())?),
+        None => None,
     };
-    if !connected {
+    let after = query.number("after", 0..=u64::MAX)?;
+    let stream = query.text("stream")?;
+    query.end()?;
+    // A browser that comes back asks for the same address, and says here how far it got.
+    let last_event = match ask.headers.get("last-event-id").filter(|id| !id.is_empty()) {
+        None => None,
+        Some(id) => {
+            let id = id.to_str().ok().and_then(digits);
+            let wrong = || Problem::bad_request("Last-Event-ID is a sequence: a number from 0");
+            Some(id.ok_or_else(wrong)?)
+        }
+    };
+    let wish = Wish {
+        after: last_event.or(after),
+        stream,
+    };
+    let format = if prefers(&ask.headers, LINES, EVENTS) {
+        Format::Lines
+    } else {
+        Format::Events
+    };
+    let snapshot = gateway.snapshot()?;
+    let permit = gateway
+        .event_streams
+        .clone()
+        .try_acquire_owned()
+        .map_err(|_| {
+            Problem::unavailable("as many event streams are open as this gateway allows")
+        })?;
+    let mut response = if ask.is_head() {
+        Response::default()
+    } else {
+        let feed = Feed::new(gateway.clone(), &snapshot, wish, format, ends, permit);
+        warp::reply::stream(feed.stream()).into_response()
+    };
+    let content_type = if format == Format::Events {
+        EVENTS
+    } else {
+        LINES
+    };
+    set(&mut response, header::CONTENT_TYPE, content_type);
+    set(&mut response, header::CACHE_CONTROL, "no-store");
+    set(&mut response, header::VARY, "Accept");
+    // A proxy that buffers makes a live feed a late one.
+    response
+        .headers_mut()
+        .insert("x-accel-buffering", HeaderValue::from_static("no"));
+    Ok(response)
+}
+
+fn replicas(gateway: &Gateway, ask: &Ask) -> Answer {
+    ask.query()?.end()?;
+    let list = gateway.replicas.borrow().clone();
+    let (body, at) = list.ok_or_else(|| Problem::unavailable("the replicas were not heard yet"))?;
+    Ok(aged(answer(body, JSON), at.elapsed()))
+}
+
+fn healthz(ask: &Ask) -> Answer {
+    ask.query()?.end()?;
+    Ok(json_answer(&json!({ "status": "ok" })))
+}
+
+fn readyz(gateway: &Gateway, ask: &Ask) -> Answer {
+    ask.query()?.end()?;
+    let snapshot = gateway.snapshot()?;
+    if !connection::is_connected(&gateway.client) {
         return Err(Problem::unavailable("not connected to NATS"));
     }
-    if !state.is_current() {
+    if !gateway.state.is_current() {
         return Err(Problem::unavailable("the history does not answer"));
     }
-    Ok(plain_json(
+    Ok(json_answer(
         &json!({ "status": "ready", "last_seq": snapshot.last_seq }),
     ))
 }
 
-fn plain_json(value: &serde_json::Value) -> Response {
-    answer(format!("{value}\n").into(), "application/json")
+/// What scripts of other origins may do, and for how long a browser may remember it.
+fn options() -> Response {
+    let mut response = Response::default();
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    set(&mut response, header::ALLOW, "GET, HEAD, OPTIONS");
+    set(
+        &mut response,
+        header::ACCESS_CONTROL_ALLOW_METHODS,
+        "GET, HEAD",
+    );
+    let allowed = "Authorization, If-None-Match, Last-Event-ID";
+    set(&mut response, header::ACCESS_CONTROL_ALLOW_HEADERS, allowed);
+    set(&mut response, header::ACCESS_CONTROL_MAX_AGE, "86400");
+    response
+}
+
+fn page(body: &'static str, content_type: &'static str) -> Response {
+    let mut response = answer(Bytes::from_static(body.as_bytes()), content_type);
+    set(&mut response, header::CONTENT_SECURITY_POLICY, PAGE_POLICY);
+    response
 }
 
 fn answer(body: Bytes, content_type: &'static str) -> Response {
     let mut response = Response::new(body.into());
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    set(&mut response, header::CONTENT_TYPE, content_type);
+    set(&mut response, header::CACHE_CONTROL, "no-cache");
     response
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
+/// A value whose serialisation cannot fail.
+fn json_answer(value: &impl Serialize) -> Response {
+    let body = serde_json::to_string(value).unwrap_or_default();
+    answer((body + "\n").into(), JSON)
+}
 
-    proptest! {
-        #[test]
-        fn a_limit_is_taken_or_refused(number in 0..200usize) {
-            let query = format!("limit={number}");
-            let taken = limit(Some(&query)).ok();
-            prop_assert_eq!(taken, (1..=100).contains(&number).then_some(number));
-        }
+fn set(response: &mut Response, name: HeaderName, value: &'static str) {
+    response
+        .headers_mut()
+        .insert(name, HeaderValue::from_static(value));
+}
 
-        #[test]
-        fn no_query_panics(query: String) {
-            let _ = limit(Some(&query));
-        }
+impl Gateway {
+    fn snapshot(&self) -> Result<Arc<Snapshot>, Problem> {
+        let snapshot = self.state.snapshot();
+        snapshot.ok_or_else(|| Problem::unavailable("the history was not read yet; see /readyz"))
     }
 
-    #[test]
-    fn json_unless_text_is_asked_for() {
-        for (accept, text) in [
-            ("text/plain", true),
-            ("text/plain;q=0.9", true),
-            ("text/html, text/plain", true),
-            ("*/*", false),
-            ("application/json, text/plain, */*", false),
-            ("text/html", false),
-            ("text/plain;q=0", false),
-            ("text/plain, application/json;q=0", true),
-            ("application/json;q=0.1, text/plain;q=0.9", true),
-            ("TEXT/PLAIN", true),
-            ("text/*", true),
-            ("nonsense", false),
-        ] {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::ACCEPT, HeaderValue::from_static(accept));
-            assert_eq!(wants_text(&headers), text, "{accept}");
-        }
-        assert!(!wants_text(&HeaderMap::new()));
+    /// The snapshot, after a moment to catch up with what the client has seen.
+    async fn snapshot_with(&self, seq: u64) -> Result<Arc<Snapshot>, Problem> {
+        self.state.snapshot_with(seq).await;
+        self.snapshot()
     }
+
+    /// The same where a sequence says little about what the client has seen: only one that is
+    /// just beyond the end is waited for.
+    async fn snapshot_near(&self, seq: u64) -> Result<Arc<Snapshot>, Problem> {
+        let snapshot = self.snapshot()?;
+        let ahead = seq.saturating_sub(snapshot.last_seq);
+        if (1..=AHEAD).contains(&ahead) {
+            return self.snapshot_with(seq).await;
+        }
+        Ok(snapshot)
+    }
+}
+
+/// An answer from a gateway that has lost the broker says how old it is, in seconds (RFC 9111,
+/// section 5.1).
+fn aged(mut response: Response, age: Duration) -> Response {
+    if age >= STALE {
+        response
+            .headers_mut()
+            .insert(header::AGE, age.as_secs().into());
+    }
+    response
 }

@@ -11,6 +11,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use socket2::SockRef;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -28,12 +29,16 @@ pub struct Bounds {
     /// How long the head of a request may take, from the opening of the connection or the end of
     /// the request before.
     pub header_time: Duration,
+    /// How many bytes the head of a request may have.
+    pub header_bytes: usize,
+    /// How long a client may take nothing of what is sent to it.
+    pub stall: Duration,
     /// How long open requests may take to finish after the shutdown.
     pub drain: Duration,
 }
 
-/// The most that is buffered of a request: its head must fit.
-const MAX_BUFFER: usize = 16 * 1024;
+/// The most that the kernel holds for a client that does not read (it doubles the number).
+const SEND_BUFFER: usize = 64 * 1024;
 
 /// The pause after an accept that failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
@@ -57,6 +62,18 @@ pub fn raise_file_limit(connections: u32) {
     }
 }
 
+/// Bounds what a client that does not read can hold, and for how long. Connections have this from
+/// the listener.
+fn bound_sending(listener: &TcpListener, stall: Duration) {
+    let socket = SockRef::from(listener);
+    let buffer = socket.set_send_buffer_size(SEND_BUFFER);
+    #[cfg(target_os = "linux")]
+    let buffer = buffer.and_then(|()| socket.set_tcp_user_timeout(Some(stall)));
+    if let Err(error) = buffer {
+        warn!(%error, "clients that do not read are not bounded");
+    }
+}
+
 /// Serves until `shutdown`, then lets open requests finish within the bound.
 pub async fn serve(
     listener: TcpListener,
@@ -70,7 +87,8 @@ pub async fn serve(
     builder
         .timer(TokioTimer::new())
         .header_read_timeout(bounds.header_time)
-        .max_buf_size(MAX_BUFFER);
+        .max_buf_size(bounds.header_bytes);
+    bound_sending(&listener, bounds.stall);
     loop {
         let accept = async {
             // The semaphore is never closed.

@@ -91,10 +91,14 @@ pub async fn read(
     let mut request = json!({ "batch": limit.clamp(1, MAX_BATCH) });
     match start.into() {
         Start::Sequence(sequence) => request["seq"] = sequence.max(1).into(),
-        // A time beyond the year 9999 cannot be written, and nothing was stored then.
-        Start::Time(time) => match time.to_offset(UtcOffset::UTC).format(&Rfc3339) {
-            Ok(time) => request["start_time"] = time.into(),
-            Err(_) => return Ok(Vec::new()),
+        // The server counts nanoseconds since 1970 in 64 bits, up to the year 2262.
+        Start::Time(time) => match i64::try_from(time.unix_timestamp_nanos()) {
+            Ok(nanoseconds) if nanoseconds > 0 => {
+                let time = time.to_offset(UtcOffset::UTC).format(&Rfc3339);
+                request["start_time"] = time.unwrap_or_default().into();
+            }
+            Err(_) if time.year() > 1970 => return Ok(Vec::new()),
+            _ => request["seq"] = 1.into(),
         },
     }
     ask(client, stream, request).await

@@ -2,34 +2,13 @@
 
 use std::time::Duration;
 
-use contract::{Product, Slot, subjects};
-use runtime::jetstream;
 use tests::http::{get, request};
-use tests::{Broker, Pipeline, Process, Scratch, eventually};
+use tests::{Broker, Pipeline, Scratch, eventually};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-async fn publish(pipeline: &Pipeline, slot: u64) {
-    let payload = Product::new(846, 511).unwrap().encode();
-    store(pipeline, slot, &payload).await;
-}
-
-async fn store(pipeline: &Pipeline, slot: u64, payload: &[u8]) {
-    let timeout = Duration::from_secs(5);
-    let payload = payload.to_vec().into();
-    jetstream::publish(
-        &pipeline.client,
-        subjects::PUBLISHED,
-        Slot(slot),
-        payload,
-        timeout,
-    )
-    .await
-    .unwrap();
-}
-
 /// The sequences that `GET /numbers` has, once its last sequence is this one.
-async fn sequences(address: &str, last_seq: u64) -> Vec<u64> {
+pub async fn sequences(address: &str, last_seq: u64) -> Vec<u64> {
     let read = async || {
         let answer = get(address, "/numbers", &[]).await;
         (answer.status == 200).then(|| answer.json())
@@ -63,7 +42,7 @@ async fn the_last_hundred_live_and_after_a_start() {
     for count in [1, 99, 100, 101, 230] {
         while published < count {
             published += 1;
-            publish(&pipeline, published).await;
+            pipeline.publish(published).await;
         }
         assert_eq!(sequences(&address, count).await, last_hundred(count));
         let (_started_later, address) = pipeline.gateway().await;
@@ -87,10 +66,11 @@ async fn invalid_payloads_are_skipped() {
     for seq in 1..=420 {
         // Two valid ones, then six others; at last a long stretch of others.
         if seq % 8 < 2 && seq < 300 {
-            publish(&pipeline, seq).await;
+            pipeline.publish(seq).await;
             expected.insert(0, seq);
         } else {
-            store(&pipeline, seq, invalid[usize::try_from(seq).unwrap() % 6]).await;
+            let payload = invalid[usize::try_from(seq).unwrap() % 6];
+            pipeline.store(seq, payload.to_vec()).await;
         }
     }
     expected.truncate(100);
@@ -109,7 +89,7 @@ async fn invalid_payloads_are_skipped() {
 async fn limits_kinds_and_errors() {
     let pipeline = Pipeline::new().await;
     for slot in 1..=3 {
-        publish(&pipeline, slot).await;
+        pipeline.publish(slot).await;
     }
     let (_gateway, address) = pipeline.gateway().await;
     sequences(&address, 3).await;
@@ -140,21 +120,21 @@ async fn limits_kinds_and_errors() {
         assert_eq!(answer.status, 400, "{wrong}");
         assert!(answer.head.contains("application/problem+json"));
         assert!(
-            answer.json()["detail"].as_str().unwrap().contains("100"),
+            answer.json()["detail"].as_str().unwrap().contains("limit"),
             "{answer:?}"
         );
     }
     assert_eq!(get(&address, "/nothing", &[]).await.status, 404);
     let post = request(&address, "POST", "/numbers", &[]).await;
     assert_eq!(post.status, 405);
-    assert!(post.head.contains("allow: get, head"));
+    assert!(post.head.contains("allow: GET, HEAD"));
 }
 
 #[tokio::test]
 async fn serves_what_it_has_while_the_broker_is_down() {
     let mut pipeline = Pipeline::new().await;
     for slot in 1..=5 {
-        publish(&pipeline, slot).await;
+        pipeline.publish(slot).await;
     }
     let (_gateway, address) = pipeline.gateway().await;
     assert_eq!(sequences(&address, 5).await, last_hundred(5));
@@ -166,7 +146,7 @@ async fn serves_what_it_has_while_the_broker_is_down() {
     assert_eq!(sequences(&address, 5).await, last_hundred(5));
     pipeline.broker.restart(&pipeline.scratch).await;
     eventually("ready again", async || readyz().await == 200).await;
-    publish(&pipeline, 6).await;
+    pipeline.publish(6).await;
     assert_eq!(sequences(&address, 6).await, last_hundred(6));
     // A frozen broker is noticed as well.
     pipeline.broker.freeze();
@@ -181,16 +161,8 @@ async fn starts_before_the_broker_and_the_stream() {
     let mut broker = Broker::start(&scratch).await;
     let url = broker.url();
     broker.kill();
-    let args = ["--nats", &url, "--http", "127.0.0.1:0"];
-    let mut gateway = Process::start(&scratch, "gateway", &args);
-    let line = gateway.wait_for("serving http://").await;
-    let address = line
-        .split("http://")
-        .nth(1)
-        .unwrap()
-        .split('/')
-        .next()
-        .unwrap();
+    let (mut gateway, address) = tests::gateway(&scratch, &url, &[]).await;
+    let address = &*address;
     assert_eq!(get(address, "/healthz", &[]).await.status, 200);
     assert_eq!(get(address, "/readyz", &[]).await.status, 503);
     assert_eq!(get(address, "/numbers", &[]).await.status, 503);
@@ -204,7 +176,7 @@ async fn starts_before_the_broker_and_the_stream() {
 async fn a_stream_that_was_made_anew_is_noticed() {
     let pipeline = Pipeline::new().await;
     for slot in 1..=5 {
-        publish(&pipeline, slot).await;
+        pipeline.publish(slot).await;
     }
     let (_gateway, address) = pipeline.gateway().await;
     sequences(&address, 5).await;
@@ -214,31 +186,15 @@ async fn a_stream_that_was_made_anew_is_noticed() {
         .await
         .unwrap();
     assert_eq!(pipeline.evenodd(&["provision"]).await.0, Some(0));
-    publish(&pipeline, 100).await;
+    pipeline.publish(100).await;
     assert_eq!(sequences(&address, 1).await, [1]);
 }
 
 #[tokio::test]
 async fn slow_and_silent_clients_are_cut() {
     let pipeline = Pipeline::new().await;
-    let url = pipeline.broker.url();
-    let args = [
-        "--nats",
-        &url,
-        "--http",
-        "127.0.0.1:0",
-        "--header-ms",
-        "500",
-    ];
-    let mut gateway = Process::start(&pipeline.scratch, "gateway", &args);
-    let line = gateway.wait_for("serving http://").await;
-    let address = line
-        .split("http://")
-        .nth(1)
-        .unwrap()
-        .split('/')
-        .next()
-        .unwrap();
+    let (_gateway, address) = pipeline.gateway_with(&["--header-ms", "500"]).await;
+    let address = &*address;
     let silent = async {
         let mut client = TcpStream::connect(address).await.unwrap();
         client.read_to_end(&mut Vec::new()).await
@@ -271,4 +227,98 @@ async fn slow_and_silent_clients_are_cut() {
     assert_eq!(answer.status, 400);
     let large = format!("X: {}", "x".repeat(20_000));
     assert_eq!(get(address, "/healthz", &[&large]).await.status, 431);
+}
+
+/// Clients that send more than anybody reads, or stop in the middle, are answered or cut, and the
+/// gateway goes on.
+#[tokio::test]
+async fn flooding_and_half_closed_clients_are_cut() {
+    let pipeline = Pipeline::new().await;
+    for slot in 1..=100 {
+        pipeline.publish(slot).await;
+    }
+    let args = ["--header-ms", "1000", "--request-ms", "1000"];
+    let (_gateway, address) = pipeline.gateway_with(&args).await;
+    sequences(&address, 100).await;
+    let address = &*address;
+    let connect = async || TcpStream::connect(address).await.unwrap();
+    let endless = async |head: &[u8], more: &[u8], read: bool| {
+        let (mut from, mut to) = connect().await.into_split();
+        let write = async {
+            let _ = to.write_all(head).await;
+            while to.write_all(more).await.is_ok() {
+                tokio::task::yield_now().await;
+            }
+        };
+        let read = async {
+            if !read {
+                std::future::pending::<()>().await;
+            }
+            let _ = from.read_to_end(&mut Vec::new()).await;
+        };
+        tokio::select! {
+            () = write => {}
+            () = read => {}
+        }
+    };
+    let get = b"GET /numbers HTTP/1.1\r\nHost: x\r\n\r\n";
+    let all = async {
+        tokio::join!(
+            // A header without an end, a body without an end, questions without an end.
+            endless(b"GET /numbers HTTP/1.1\r\nX: ", &[b'x'; 1000], true),
+            endless(
+                b"POST /numbers HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\n",
+                &[b'x'; 1000],
+                true
+            ),
+            endless(get, get, false),
+            async {
+                // Half a request, and nothing more will come.
+                let mut stream = connect().await;
+                stream.write_all(b"GET /numb").await.unwrap();
+                stream.shutdown().await.unwrap();
+                let mut answer = Vec::new();
+                let _ = stream.read_to_end(&mut answer).await;
+            },
+            async {
+                // An event stream to somebody who has said goodbye.
+                let mut stream = connect().await;
+                let ask = b"GET /numbers/live HTTP/1.1\r\nHost: x\r\n\r\n";
+                stream.write_all(ask).await.unwrap();
+                stream.shutdown().await.unwrap();
+                let _ = stream.read_to_end(&mut Vec::new()).await;
+            },
+        )
+    };
+    let cut = tokio::time::timeout(Duration::from_secs(20), all).await;
+    assert!(cut.is_ok(), "a connection is still open");
+    assert_eq!(request(address, "GET", "/numbers", &[]).await.status, 200);
+}
+
+/// More connections than allowed wait until there is room, and there is room again when silent
+/// ones are cut.
+#[tokio::test]
+async fn connections_are_bounded() {
+    let pipeline = Pipeline::new().await;
+    let args = ["--max-connections", "10", "--header-ms", "1000"];
+    let (gateway, address) = pipeline.gateway_with(&args).await;
+    sequences(&address, 0).await;
+    let mut silent = Vec::new();
+    for _ in 0..100 {
+        silent.push(TcpStream::connect(&address).await.unwrap());
+    }
+    let open = || {
+        std::fs::read_dir(format!("/proc/{}/fd", gateway.pid()))
+            .unwrap()
+            .count()
+    };
+    for _ in 0..50 {
+        assert!(open() < 10 + 30, "{} files are open", open());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    drop(silent);
+    eventually("there is room", async || {
+        get(&address, "/healthz", &[]).await.status == 200
+    })
+    .await;
 }

@@ -2,11 +2,18 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod access;
+mod api;
 mod gateway;
 mod generator;
+mod history;
 mod install;
+mod live;
 mod multiplier;
+mod numbers;
 mod outages;
+mod page;
 mod process;
 mod provisioning;
+mod replicas;
 mod up;

@@ -1,0 +1,70 @@
+//! `evenodd token`: an access token, for trying out a gateway that asks for one.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
+use clap::Args;
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use serde_json::json;
+
+/// Make an access token for a gateway with --jwt-key
+///
+/// Prints a JSON Web Token (RFC 7519). For trying it out: in earnest, tokens come from whoever knows the users.
+#[derive(Args, Debug)]
+pub struct Token {
+    /// What to sign with: the file with the secret, or the private key in PEM (PKCS #8)
+    #[arg(long, value_name = "FILE")]
+    key: PathBuf,
+
+    /// Whom the token is for (aud)
+    #[arg(long, value_name = "NAME")]
+    audience: Option<String>,
+
+    /// Who makes it (iss)
+    #[arg(long, value_name = "NAME")]
+    issuer: Option<String>,
+
+    /// For how long it is valid, in seconds
+    #[arg(long, value_name = "S", default_value = "3600", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    valid_s: u64,
+}
+
+impl Token {
+    pub fn run(&self) -> anyhow::Result<ExitCode> {
+        let file = self.key.display();
+        let content = std::fs::read(&self.key).with_context(|| {
+            format!("cannot read {file}; `openssl rand -hex 32 > {file}` makes a secret")
+        })?;
+        let (key, algorithm) = if content.starts_with(b"-----BEGIN") {
+            [
+                (EncodingKey::from_rsa_pem(&content), Algorithm::RS256),
+                (EncodingKey::from_ec_pem(&content), Algorithm::ES256),
+                (EncodingKey::from_ed_pem(&content), Algorithm::EdDSA),
+            ]
+            .into_iter()
+            .find_map(|(key, algorithm)| Some((key.ok()?, algorithm)))
+            .with_context(|| format!("{file} holds no private key of RSA, P-256 or Ed25519"))?
+        } else {
+            // As the gateway reads it: without the line break at the end.
+            (
+                EncodingKey::from_secret(content.trim_ascii_end()),
+                Algorithm::HS256,
+            )
+        };
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+        let mut claims = json!({
+            "iat": now.as_secs(),
+            "exp": (now + Duration::from_secs(self.valid_s)).as_secs(),
+        });
+        if let Some(audience) = &self.audience {
+            claims["aud"] = audience.as_str().into();
+        }
+        if let Some(issuer) = &self.issuer {
+            claims["iss"] = issuer.as_str().into();
+        }
+        println!("{}", encode(&Header::new(algorithm), &claims, &key)?);
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,268 @@
+// The page: reads the last 100 numbers, then follows the live feed from there. Whatever goes wrong
+// with the feed, the page starts over with the last 100, so that nothing is missing.
+
+const KEEP = 100;
+const THRESHOLD = 100000;
+const GREATEST = 999000;
+const TICKS_A_MINUTE = 120;
+const POLL_MS = 2000;
+const QUIET_MS = 15000; // by chance once in a million times: 30 ticks without a number
+const SHOW_LOST_MS = 60000;
+
+const element = (id) => document.getElementById(id);
+const decimal = new Intl.NumberFormat();
+const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
+
+let numbers = []; // oldest first
+let lastSeq = 0;
+let feed = null;
+let restartTimer = 0;
+let behind = 0; // polls that knew of more than the feed has brought
+let clockOffsetMs = 0; // the gateway's clock less ours
+let replicas = new Map(); // by id, with the time at which each was last listed
+let token = sessionStorage.getItem("token") ?? "";
+
+const serverNow = () => Date.now() + clockOffsetMs;
+
+/** How many of the pairs of an even and an odd number have a product above the threshold. */
+function publishProbability() {
+  let above = 0;
+  let all = 0;
+  for (let even = 0; even <= 1000; even += 2) {
+    for (let odd = 1; odd <= 999; odd += 2) {
+      all += 1;
+      above += even * odd > THRESHOLD ? 1 : 0;
+    }
+  }
+  return above / all;
+}
+
+function make(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+function show(state, text) {
+  const status = element("status");
+  document.body.dataset.state = state;
+  // A screen reader speaks when this changes, so it changes only when there is something to say.
+  if (status.textContent !== text) status.textContent = text;
+  status.dataset.state = state;
+}
+
+// ---- reading
+
+async function get(path) {
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const answer = await fetch(path, { headers, cache: "no-store", signal: AbortSignal.timeout(5000) });
+  const date = Date.parse(answer.headers.get("date"));
+  if (date) clockOffsetMs = date - Date.now();
+  if (answer.status === 401) askForToken();
+  return answer;
+}
+
+async function start() {
+  clearTimeout(restartTimer);
+  feed?.close();
+  feed = null;
+  behind = 0;
+  try {
+    const answer = await get("/numbers");
+    if (!answer.ok) {
+      if (answer.status !== 401) {
+        show("disconnected", `not ready: ${(await answer.json()).detail}`);
+        restart();
+      }
+      return;
+    }
+    const body = await answer.json();
+    numbers = body.numbers.reverse();
+    lastSeq = body.last_seq;
+    element("access").hidden = true;
+    // A link sends no token.
+    for (const link of document.querySelectorAll("a.data")) link.hidden = token !== "";
+    draw();
+    // The tag is W/"<stream>-<last sequence>".
+    const stream = answer.headers.get("etag").split('"')[1].split("-")[0];
+    follow(stream);
+  } catch {
+    show("disconnected", "disconnected: trying again");
+    restart();
+  }
+}
+
+/** Not all tabs at once: somewhere within three seconds. */
+function restart() {
+  feed?.close();
+  feed = null;
+  clearTimeout(restartTimer);
+  restartTimer = setTimeout(start, 500 + Math.random() * 2500);
+}
+
+function follow(stream) {
+  const query = new URLSearchParams({ after: lastSeq, stream });
+  if (token) query.set("access_token", token);
+  feed = new EventSource(`/numbers/live?${query}`);
+  feed.onopen = () => show("live", "live");
+  feed.addEventListener("number", (event) => {
+    const number = JSON.parse(event.data);
+    if (number.seq <= lastSeq) return;
+    lastSeq = number.seq;
+    numbers.push(number);
+    numbers.splice(0, numbers.length - KEEP);
+    show("live", "live");
+    draw();
+  });
+  feed.addEventListener("reset", start);
+  feed.addEventListener("shutdown", restart);
+  feed.addEventListener("expired", start);
+  feed.onerror = () => {
+    show("disconnected", "disconnected: trying again");
+    restart();
+  };
+}
+
+/** What the feed cannot say: whether the gateway is well, and who is alive. */
+async function poll() {
+  try {
+    const ready = await get("/readyz");
+    const body = await ready.json();
+    if (!ready.ok) {
+      show("stale", `stale: ${body.detail}`);
+    } else if (feed) {
+      // A connection that was cut without a word brings nothing any more.
+      behind = body.last_seq > lastSeq ? behind + 1 : 0;
+      if (behind > 2) restart();
+      const newest = numbers.at(-1);
+      const quiet = newest && serverNow() - Date.parse(newest.published_at) > QUIET_MS;
+      if (feed?.readyState === EventSource.OPEN) {
+        show(quiet ? "stale" : "live", quiet ? "no new numbers" : "live");
+      }
+    }
+    const list = await get("/replicas");
+    if (list.ok) drawReplicas(await list.json());
+  } catch {
+    show("disconnected", "disconnected: trying again");
+    if (!restartTimer) restart();
+  }
+  drawRate();
+}
+
+// ---- access
+
+function askForToken() {
+  feed?.close();
+  feed = null;
+  element("refused").textContent = token ? "That token is not accepted." : "";
+  element("access").hidden = false;
+  show("disconnected", "a token is needed");
+}
+
+element("access").addEventListener("submit", (event) => {
+  event.preventDefault();
+  token = element("token").value.trim();
+  sessionStorage.setItem("token", token);
+  start();
+});
+
+// ---- drawing
+
+function factors(number) {
+  return [
+    make("span", { class: "even" }, decimal.format(number.even)),
+    " × ",
+    make("span", { class: "odd" }, decimal.format(number.odd)),
+  ];
+}
+
+function row(number) {
+  const time = clock.format(Date.parse(number.published_at));
+  return make(
+    "tr",
+    {},
+    make("td", {}, ...factors(number)),
+    make("td", {}, decimal.format(number.number)),
+    make("td", {}, make("time", { datetime: number.published_at }, time)),
+    make("td", {}, decimal.format(number.seq)),
+  );
+}
+
+function draw() {
+  element("total").textContent = decimal.format(lastSeq);
+  element("list").replaceChildren(...numbers.toReversed().map(row));
+  drawChart();
+  drawRate();
+  const newest = numbers.at(-1);
+  element("latest").textContent = newest ? decimal.format(newest.number) : "–";
+  element("factors").replaceChildren(...(newest ? factors(newest) : ["nothing was published yet"]));
+}
+
+/** A bar for each of the last 100, from 0 to the greatest product there can be. */
+function drawChart() {
+  const svg = (name, attributes) => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    return made;
+  };
+  const width = 400 / KEEP;
+  const left = 400 - numbers.length * width;
+  const bars = numbers.map(({ number }, at) => {
+    const height = (number / GREATEST) * 100;
+    return svg("rect", { x: left + at * width, y: 100 - height, width: width * 0.75, height });
+  });
+  const threshold = 100 - (THRESHOLD / GREATEST) * 100;
+  const line = svg("line", { x1: 0, x2: 400, y1: threshold, y2: threshold });
+  const chart = element("chart");
+  chart.replaceChildren(line, ...bars);
+  const values = numbers.map(({ number }) => number);
+  const [least, most] = [Math.min(...values), Math.max(...values)].map((n) => decimal.format(n));
+  const label = `${values.length} numbers, from ${least} to ${most}`;
+  chart.setAttribute("aria-label", values.length ? label : "No numbers yet");
+}
+
+/** Numbers in the last minute, as far as the last 100 tell. */
+function drawRate() {
+  const times = numbers.map((number) => serverNow() - Date.parse(number.published_at));
+  const oldest = times[0] ?? 0;
+  const minute = 60000;
+  // If all of them are younger than a minute, there were more, unless these are all there are.
+  const span = oldest < minute && oldest > 0 ? oldest : minute;
+  const count = times.filter((age) => age <= minute).length;
+  const rate = (count * minute) / span;
+  element("rate").textContent = numbers.length ? decimal.format(Math.round(rate)) : "–";
+}
+
+function drawReplicas({ replicas: listed, latest_tick: tick }) {
+  const now = Date.now();
+  for (const replica of listed) replicas.set(replica.id, { ...replica, at: now });
+  for (const [id, { at }] of replicas) if (now - at > SHOW_LOST_MS) replicas.delete(id);
+  const services = Map.groupBy(
+    [...replicas.values()].sort((a, b) => a.started.localeCompare(b.started)),
+    ({ service }) => service,
+  );
+  const known = ["even", "odd", "multiplier", "gateway"];
+  const others = [...services.keys()].filter((name) => !known.includes(name));
+  const groups = [...known, ...others].map((name) => {
+    const all = services.get(name) ?? [];
+    const alive = all.filter(({ at }) => at === now).length;
+    const items = all.map((replica) => {
+      const lost = replica.at !== now;
+      const ticked = !lost && replica.id === tick?.multiplier;
+      const done = `${decimal.format(replica.requests)} done, ${decimal.format(replica.errors)} failed`;
+      const note = lost ? "lost" : ticked ? `${done}, did the latest tick` : done;
+      const kind = lost ? "lost" : ticked ? "ticked" : "alive";
+      const attributes = { class: kind, title: `${replica.id}, since ${replica.started}` };
+      return make("li", attributes, replica.id.slice(-6), make("small", {}, note));
+    });
+    const title = make("h3", {}, `${name}: ${alive} alive`);
+    return make("div", { "data-service": name, "data-alive": alive }, title, make("ul", {}, ...items));
+  });
+  element("replicas").replaceChildren(...groups);
+}
+
+element("expected").textContent = decimal.format(Math.round(TICKS_A_MINUTE * publishProbability()));
+start();
+poll();
+setInterval(poll, POLL_MS);

@@ -1,0 +1,374 @@
+//! Service 4: tokens.
+
+use std::fs;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use socket2::SockRef;
+use tests::http::{Lines, get, request};
+use tests::{Pipeline, Process, Scratch, eventually};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+const GUARDED: [&str; 7] = [
+    "/numbers",
+    "/numbers/1",
+    "/numbers/live",
+    "/history",
+    "/history.csv",
+    "/history.ndjson",
+    "/replicas",
+];
+
+/// A file in the test's directory.
+fn file(scratch: &Scratch, name: &str, content: &str) -> String {
+    let path = scratch.path(name);
+    fs::write(&path, content).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// A token from `evenodd token`.
+async fn token(scratch: &Scratch, args: &[&str]) -> String {
+    let args = [&["token"], args].concat();
+    let mut process = Process::start(scratch, "evenodd", &args);
+    assert!(process.wait().await.success(), "{}", process.log());
+    process.log().trim().to_owned()
+}
+
+/// The status of a request with this token.
+async fn with_token(address: &str, path: &str, token: &str) -> u16 {
+    let header = format!("Authorization: Bearer {token}");
+    Lines::open(address, path, &[&header]).await.status
+}
+
+#[tokio::test]
+async fn with_a_key_every_number_needs_a_token() {
+    let pipeline = Pipeline::new().await;
+    let key = file(&pipeline.scratch, "key", &format!("{SECRET}\n"));
+    let (mut gateway, address) = pipeline
+        .gateway_with(&["--jwt-key", &key, "--log", "debug"])
+        .await;
+    pipeline.publish(1).await;
+    eventually("ready", async || {
+        get(&address, "/readyz", &[]).await.status == 200
+    })
+    .await;
+    assert_eq!(get(&address, "/healthz", &[]).await.status, 200);
+    assert_eq!(
+        request(&address, "OPTIONS", "/numbers", &[]).await.status,
+        204
+    );
+    for open in ["/", "/page.js", "/docs", "/openapi.json"] {
+        assert_eq!(get(&address, open, &[]).await.status, 200, "{open}");
+    }
+    let good = token(&pipeline.scratch, &["--key", &key]).await;
+    eventually("everything is there", async || {
+        with_token(&address, "/numbers/1", &good).await == 200
+            && with_token(&address, "/replicas", &good).await == 200
+    })
+    .await;
+    for path in GUARDED {
+        let without = get(&address, path, &[]).await;
+        assert_eq!(without.status, 401, "{path}");
+        assert_eq!(
+            without.header("www-authenticate"),
+            Some("Bearer realm=\"evenodd\"")
+        );
+        assert_eq!(with_token(&address, path, &good).await, 200, "{path}");
+        // In the query for the live feed alone.
+        let in_query = format!("{path}?access_token={good}");
+        let expected = if path == "/numbers/live" { 200 } else { 401 };
+        assert_eq!(
+            Lines::open(&address, &in_query, &[]).await.status,
+            expected,
+            "{path}"
+        );
+    }
+    let wrong = get(&address, "/numbers", &["Authorization: Bearer nonsense"]).await;
+    assert!(
+        wrong
+            .header("www-authenticate")
+            .unwrap()
+            .ends_with("error=\"invalid_token\"")
+    );
+    let basic = get(&address, "/numbers", &["Authorization: Basic eDp5"]).await;
+    assert_eq!(basic.status, 401);
+    gateway.wait_for("path=\"/numbers/live\" status=200").await;
+    let log = gateway.log();
+    assert!(log.contains("path=\"/numbers\" status=401"), "{log}");
+    assert!(!log.contains(&good[..20]), "a token is in the log");
+}
+
+#[tokio::test]
+async fn every_kind_of_key() {
+    let pipeline = Pipeline::new().await;
+    let scratch = &pipeline.scratch;
+    for (name, algorithm) in [
+        ("rsa", &rcgen::PKCS_RSA_SHA256),
+        ("ec", &rcgen::PKCS_ECDSA_P256_SHA256),
+        ("ed", &rcgen::PKCS_ED25519),
+        ("p384", &rcgen::PKCS_ECDSA_P384_SHA384),
+    ] {
+        let pair = rcgen::KeyPair::generate_for(algorithm).unwrap();
+        file(scratch, name, &pair.serialize_pem());
+        file(scratch, &format!("{name}.pub"), &pair.public_key_pem());
+    }
+    let path = |name: &str| scratch.path(name).to_str().unwrap().to_owned();
+    file(scratch, "secret", SECRET);
+    let secret_jwk = json!({
+        "kty": "oct", "kid": "s", "alg": "HS256",
+        "k": "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY",
+    });
+    let for_encryption =
+        json!({ "kty": "RSA", "kid": "e", "use": "enc", "n": "AQAB", "e": "AQAB" });
+    file(
+        scratch,
+        "set",
+        &json!({ "keys": [for_encryption, secret_jwk] }).to_string(),
+    );
+    let kinds = [
+        ("secret", "secret"),
+        ("rsa", "rsa.pub"),
+        ("ec", "ec.pub"),
+        ("ed", "ed.pub"),
+        ("secret", "set"),
+    ];
+    let mut tokens = Vec::new();
+    for (private, _) in kinds {
+        tokens.push(token(scratch, &["--key", &path(private)]).await);
+    }
+    for (at, (_, public)) in kinds.iter().enumerate() {
+        let (gateway, address) = pipeline.gateway_with(&["--jwt-key", &path(public)]).await;
+        eventually("ready", async || {
+            get(&address, "/readyz", &[]).await.status == 200
+        })
+        .await;
+        for (of, token) in tokens.iter().enumerate() {
+            // The secret and the set with it are the same key.
+            let same = at == of || [at, of] == [0, 4] || [at, of] == [4, 0];
+            let expected = if same { 200 } else { 401 };
+            assert_eq!(
+                with_token(&address, "/numbers", token).await,
+                expected,
+                "{public}: {of}"
+            );
+        }
+        drop(gateway);
+    }
+    // A public key is no secret, even if a token claims so (RFC 8725, section 2.1).
+    let confused = token(
+        scratch,
+        &[
+            "--key",
+            &file(
+                scratch,
+                "confused",
+                &format!(" {}", fs::read_to_string(path("rsa.pub")).unwrap()),
+            ),
+        ],
+    )
+    .await;
+    let (_gateway, address) = pipeline
+        .gateway_with(&["--jwt-key", &path("rsa.pub")])
+        .await;
+    assert_eq!(with_token(&address, "/numbers", &confused).await, 401);
+
+    for (name, hint) in [
+        ("rsa", "private key"),
+        ("p384.pub", "P-256"),
+        ("absent", "No such file"),
+        (&*file(scratch, "short", "secret"), "32 bytes"),
+        (
+            &*file(scratch, "none", r#"{"keys":[]}"#),
+            "none of its keys",
+        ),
+        (&*file(scratch, "json", "{"), "no JWKS"),
+        (
+            &*file(scratch, "pem", "-----BEGIN PUBLIC KEY-----\nx\n"),
+            "no public key",
+        ),
+    ] {
+        let key = scratch.path(name);
+        let args = ["--jwt-key", key.to_str().unwrap(), "--http", "127.0.0.1:0"];
+        let mut gateway = Process::start(scratch, "gateway", &args);
+        let status = gateway.wait().await;
+        let log = gateway.log();
+        assert!(
+            status.code() == Some(2) && log.contains(hint) && log.contains("--jwt-key"),
+            "{name}: {log}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn claims_are_checked() {
+    let pipeline = Pipeline::new().await;
+    let key = file(&pipeline.scratch, "key", SECRET);
+    let args = [
+        "--jwt-key",
+        &key,
+        "--jwt-audience",
+        "readers",
+        "--jwt-issuer",
+        "us",
+    ];
+    let (_gateway, address) = pipeline.gateway_with(&args).await;
+    eventually("ready", async || {
+        get(&address, "/readyz", &[]).await.status == 200
+    })
+    .await;
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
+    let good = json!({ "exp": now + 60, "aud": "readers", "iss": "us" });
+    let sign = |algorithm: &str, claims: &Value| hs256(algorithm, claims);
+    assert_eq!(
+        with_token(&address, "/numbers", &sign("HS256", &good)).await,
+        200
+    );
+    let changed = |name: &str, value: Value| {
+        let mut claims = good.clone();
+        claims[name] = value;
+        claims
+    };
+    for (what, claims) in [
+        ("expired", changed("exp", (now - 60).into())),
+        ("without an end", changed("exp", Value::Null)),
+        ("an end that is text", changed("exp", "9999999999".into())),
+        ("not yet", changed("nbf", (now + 60).into())),
+        ("for others", changed("aud", "writers".into())),
+        ("for nobody", changed("aud", Value::Null)),
+        ("by others", changed("iss", "them".into())),
+    ] {
+        assert_eq!(
+            with_token(&address, "/numbers", &sign("HS256", &claims)).await,
+            401,
+            "{what}"
+        );
+    }
+    // A little late, and for several.
+    let claims = changed("exp", (now - 3).into());
+    assert_eq!(
+        with_token(&address, "/numbers", &sign("HS256", &claims)).await,
+        200
+    );
+    let claims = changed("aud", json!(["writers", "readers"]));
+    assert_eq!(
+        with_token(&address, "/numbers", &sign("HS256", &claims)).await,
+        200
+    );
+    // Another algorithm than the key's, and none.
+    for algorithm in ["HS384", "none", "RS256"] {
+        assert_eq!(
+            with_token(&address, "/numbers", &sign(algorithm, &good)).await,
+            401
+        );
+    }
+    let mut forged = sign("HS256", &good);
+    forged.truncate(forged.rfind('.').unwrap() + 1);
+    assert_eq!(with_token(&address, "/numbers", &forged).await, 401);
+}
+
+/// A token whose header may name what it likes, signed with the secret by HMAC SHA-256.
+fn hs256(algorithm: &str, claims: &Value) -> String {
+    use jsonwebtoken::{Algorithm, EncodingKey, Header, crypto, encode};
+    let key = EncodingKey::from_secret(SECRET.as_bytes());
+    let honest = encode(&Header::new(Algorithm::HS256), claims, &key).unwrap();
+    if algorithm == "HS256" {
+        return honest;
+    }
+    let header = base64(
+        json!({ "alg": algorithm, "typ": "JWT" })
+            .to_string()
+            .as_bytes(),
+    );
+    let message = format!("{header}.{}", honest.split('.').nth(1).unwrap());
+    let signature = crypto::sign(message.as_bytes(), &key, Algorithm::HS256).unwrap();
+    format!("{message}.{signature}")
+}
+
+fn base64(bytes: &[u8]) -> String {
+    use base64::Engine;
+    base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(bytes)
+}
+
+#[tokio::test]
+async fn the_key_is_replaced_without_a_restart() {
+    let pipeline = Pipeline::new().await;
+    let scratch = &pipeline.scratch;
+    let key = file(scratch, "key", SECRET);
+    let old = token(scratch, &["--key", &key]).await;
+    let (mut gateway, address) = pipeline.gateway_with(&["--jwt-key", &key]).await;
+    eventually("ready", async || {
+        get(&address, "/readyz", &[]).await.status == 200
+    })
+    .await;
+    assert_eq!(with_token(&address, "/numbers", &old).await, 200);
+    // One that cannot be used changes nothing.
+    fs::write(&key, "short").unwrap();
+    gateway.signal(Signal::SIGHUP);
+    gateway.wait_for("the key stays as it was").await;
+    assert_eq!(with_token(&address, "/numbers", &old).await, 200);
+    fs::write(&key, "another secret of thirty-two bytes").unwrap();
+    gateway.signal(Signal::SIGHUP);
+    gateway.wait_for("the key was read again").await;
+    let new = token(scratch, &["--key", &key]).await;
+    assert_eq!(with_token(&address, "/numbers", &new).await, 200);
+    assert_eq!(with_token(&address, "/numbers", &old).await, 401);
+}
+
+/// An open feed ends when the token does.
+#[tokio::test]
+async fn a_feed_ends_with_its_token() {
+    let pipeline = Pipeline::new().await;
+    let key = file(&pipeline.scratch, "key", SECRET);
+    let (_gateway, address) = pipeline.gateway_with(&["--jwt-key", &key]).await;
+    eventually("ready", async || {
+        get(&address, "/readyz", &[]).await.status == 200
+    })
+    .await;
+    let short = token(&pipeline.scratch, &["--key", &key, "--valid-s", "1"]).await;
+    let path = format!("/numbers/live?access_token={short}");
+    let mut live = Lines::open(&address, &path, &[]).await;
+    assert_eq!(live.status, 200);
+    // A second, and the ten that clocks may be apart.
+    let event = live.event().await.unwrap();
+    assert_eq!(event.name, "expired");
+    assert!(live.event().await.is_none());
+}
+
+/// Also of a client that is behind, and would have had something to read for long.
+#[tokio::test]
+async fn a_feed_that_is_behind_ends_with_its_token() {
+    let pipeline = Pipeline::new().await;
+    for slot in 1..=3000 {
+        pipeline.publish(slot).await;
+    }
+    let key = file(&pipeline.scratch, "key", SECRET);
+    let (_gateway, address) = pipeline.gateway_with(&["--jwt-key", &key]).await;
+    eventually("ready", async || {
+        get(&address, "/readyz", &[]).await.status == 200
+    })
+    .await;
+    let short = token(&pipeline.scratch, &["--key", &key, "--valid-s", "1"]).await;
+    let mut stream = TcpStream::connect(&address).await.unwrap();
+    SockRef::from(&stream).set_recv_buffer_size(4096).unwrap();
+    let ask = format!("GET /numbers/live?after=0&access_token={short} HTTP/1.0\r\n\r\n");
+    stream.write_all(ask.as_bytes()).await.unwrap();
+    let mut live = Lines::over(stream).await;
+    let begun = std::time::Instant::now();
+    let (mut last, mut event) = (0, live.event().await.unwrap());
+    while event.name == "number" {
+        last = event.id;
+        // It reads so slowly that the end of the history is minutes away.
+        if last % 10 == 0 && begun.elapsed().as_secs() < 14 {
+            tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        }
+        event = live.event().await.unwrap();
+    }
+    assert_eq!(event.name, "expired");
+    assert!(last < 3000, "it read everything");
+    assert!(live.event().await.is_none());
+}

@@ -1,0 +1,76 @@
+//! Service 4 and its description, `/openapi.json`, say the same.
+
+use std::process::Command;
+
+use serde_json::Value;
+use tests::http::{Lines, get};
+use tests::{Pipeline, eventually, repository};
+
+async fn pipeline() -> (Pipeline, tests::Process, String) {
+    let pipeline = Pipeline::new().await;
+    for slot in 1..=300 {
+        match slot {
+            7 | 250 => pipeline.store(slot, b"no number".to_vec()).await,
+            _ => pipeline.publish(slot).await,
+        };
+    }
+    let (gateway, address) = pipeline.gateway().await;
+    eventually("it is complete", async || {
+        get(&address, "/readyz", &[]).await.status == 200
+            && get(&address, "/replicas", &[]).await.status == 200
+    })
+    .await;
+    (pipeline, gateway, address)
+}
+
+/// Every route that is described answers with a status, a type and headers that are described.
+#[tokio::test]
+async fn what_is_answered_is_described() {
+    let (_pipeline, _gateway, address) = pipeline().await;
+    let description = get(&address, "/openapi.json", &[]).await.json();
+    assert_eq!(description["info"]["version"], env!("CARGO_PKG_VERSION"));
+    let paths = description["paths"].as_object().unwrap();
+    assert!(paths.len() >= 9);
+    for (path, operations) in paths {
+        for query in ["", "?limit=5", "?nonsense=1"] {
+            let asked = path.replace("{seq}", "17") + query;
+            let answer = Lines::open(&address, &asked, &[]).await;
+            let content_type = answer
+                .head
+                .lines()
+                .find_map(|line| line.strip_prefix("content-type: "));
+            let content_type = content_type.unwrap().split(';').next().unwrap();
+            let status = answer.status.to_string();
+            let mut described = &operations["get"]["responses"][&status];
+            if let Some(reference) = described["$ref"].as_str() {
+                described = description.pointer(&reference[1..]).unwrap();
+            }
+            assert!(
+                described != &Value::Null,
+                "GET {asked}: {status} is not described"
+            );
+            let types = described["content"].as_object().unwrap();
+            let known = types
+                .keys()
+                .any(|known| known.split(';').next() == Some(content_type));
+            assert!(
+                known,
+                "GET {asked}: {status} {content_type} is not described"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs schemathesis: make test-api"]
+async fn schemathesis_finds_nothing() {
+    let (_pipeline, _gateway, address) = pipeline().await;
+    let check = repository().join("tests/api/check");
+    let run = move || {
+        Command::new(check)
+            .arg(format!("http://{address}"))
+            .status()
+    };
+    let status = tokio::task::spawn_blocking(run).await.unwrap().unwrap();
+    assert!(status.success());
+}

@@ -1,0 +1,242 @@
+//! Service 4: the last 100 numbers, how they are asked for, and what comes with them.
+
+use std::io::Read;
+
+use tests::http::{get, request};
+use tests::{Pipeline, eventually};
+
+use crate::gateway::sequences;
+
+#[tokio::test]
+async fn what_did_not_change_is_not_sent_again() {
+    let pipeline = Pipeline::new().await;
+    let (_gateway, address) = pipeline.gateway().await;
+    for slot in 1..=3 {
+        pipeline.publish(slot).await;
+    }
+    sequences(&address, 3).await;
+    let first = get(&address, "/numbers", &[]).await;
+    let etag = first.header("etag").unwrap();
+    assert_eq!(first.header("cache-control"), Some("no-cache"));
+    for tags in [etag.to_owned(), format!("\"x\", {etag}"), "*".to_owned()] {
+        let header = format!("If-None-Match: {tags}");
+        let again = get(&address, "/numbers", &[&header]).await;
+        assert_eq!((again.status, again.bytes.len()), (304, 0), "{tags}");
+        assert_eq!(again.header("etag"), Some(etag));
+        assert_eq!(again.header("vary"), first.header("vary"));
+    }
+    // The same on another replica.
+    let (_other, other) = pipeline.gateway().await;
+    sequences(&other, 3).await;
+    let header = format!("If-None-Match: {etag}");
+    assert_eq!(get(&other, "/numbers", &[&header]).await.status, 304);
+    pipeline.publish(4).await;
+    sequences(&address, 4).await;
+    let changed = get(&address, "/numbers", &[&header]).await;
+    assert_eq!(changed.status, 200);
+    assert_ne!(changed.header("etag"), Some(etag));
+}
+
+#[tokio::test]
+async fn every_encoding_holds_the_same() {
+    let pipeline = Pipeline::new().await;
+    for slot in 1..=120 {
+        pipeline.publish(slot).await;
+    }
+    let (_gateway, address) = pipeline.gateway().await;
+    sequences(&address, 120).await;
+    let plain = get(&address, "/numbers", &[]).await;
+    assert_eq!(plain.header("content-encoding"), None);
+    let decoded = |name: &str, bytes: &[u8]| {
+        let mut out = Vec::new();
+        let read = match name {
+            "gzip" => flate2::read::GzDecoder::new(bytes).read_to_end(&mut out),
+            "br" => brotli::Decompressor::new(bytes, 4096).read_to_end(&mut out),
+            _ => zstd::stream::copy_decode(bytes, &mut out).map(|()| out.len()),
+        };
+        read.unwrap();
+        out
+    };
+    for name in ["gzip", "br", "zstd"] {
+        let header = format!("Accept-Encoding: {name}");
+        let answer = get(&address, "/numbers", &[&header]).await;
+        assert_eq!(answer.header("content-encoding"), Some(name));
+        assert_eq!(answer.header("vary"), Some("Accept, Accept-Encoding"));
+        assert!(answer.bytes.len() < plain.bytes.len() / 3, "{name}");
+        assert_eq!(decoded(name, &answer.bytes), plain.bytes, "{name}");
+        let head = request(&address, "HEAD", "/numbers", &[&header]).await;
+        assert_eq!((head.status, head.bytes.len()), (200, 0));
+        assert_eq!(
+            head.header("content-length"),
+            answer.header("content-length")
+        );
+    }
+}
+
+#[tokio::test]
+async fn one_number() {
+    let pipeline = Pipeline::new().await;
+    for slot in 1..=130 {
+        match slot {
+            7 | 125 => pipeline.store(slot, b"no number".to_vec()).await,
+            _ => pipeline.publish(slot).await,
+        };
+    }
+    let (_gateway, address) = pipeline.gateway().await;
+    sequences(&address, 130).await;
+    for seq in [1, 8, 30, 31, 32, 124, 130] {
+        let answer = get(&address, &format!("/numbers/{seq}"), &[]).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        assert_eq!(answer.json()["seq"], seq);
+        assert_eq!(answer.json()["number"], 432_306);
+    }
+    for (seq, reason) in [
+        ("7", "not a valid number"),
+        ("125", "not a valid number"),
+        ("131", "the last sequence is 130"),
+        ("18446744073709551615", "the last sequence is 130"),
+    ] {
+        let answer = get(&address, &format!("/numbers/{seq}"), &[]).await;
+        assert_eq!(answer.status, 404, "{answer:?}");
+        assert!(
+            answer.json()["detail"].as_str().unwrap().contains(reason),
+            "{answer:?}"
+        );
+    }
+    for seq in ["0", "-1", "+1", "x", "", "18446744073709551616", "1/2"] {
+        let answer = get(&address, &format!("/numbers/{seq}"), &[]).await;
+        assert_eq!(answer.status, 400, "{answer:?}");
+    }
+}
+
+/// A client that has seen more at another replica is not answered with less.
+#[tokio::test]
+async fn a_replica_that_is_behind_catches_up_first() {
+    let pipeline = Pipeline::new().await;
+    let (ahead, behind) = (pipeline.gateway().await, pipeline.gateway().await);
+    pipeline.publish(1).await;
+    sequences(&ahead.1, 1).await;
+    sequences(&behind.1, 1).await;
+    for round in 2..=10 {
+        // The other replica sleeps while one more number is published.
+        behind.0.signal(nix::sys::signal::Signal::SIGSTOP);
+        pipeline.publish(round).await;
+        sequences(&ahead.1, round).await;
+        let seen = get(&ahead.1, "/numbers", &[]).await;
+        let header = [&*format!("If-None-Match: {}", seen.header("etag").unwrap())];
+        let (path, after) = (
+            format!("/numbers/{round}"),
+            format!("/history?after={}", round - 1),
+        );
+        let asked = async {
+            tokio::join!(
+                get(&behind.1, "/numbers", &header),
+                get(&behind.1, &path, &[]),
+                get(&behind.1, &after, &[]),
+            )
+        };
+        let wakes = async {
+            // The requests wait in its listen queue by then.
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            behind.0.signal(nix::sys::signal::Signal::SIGCONT);
+        };
+        let ((numbers, number, _page), ()) = tokio::join!(asked, wakes);
+        assert_eq!(numbers.status, 304, "round {round}: {numbers:?}");
+        assert_eq!(number.status, 200, "round {round}: {number:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_without_the_broker_says_how_old_it_is() {
+    let mut pipeline = Pipeline::new().await;
+    let (_gateway, address) = pipeline.gateway().await;
+    pipeline.publish(1).await;
+    sequences(&address, 1).await;
+    assert_eq!(get(&address, "/numbers", &[]).await.header("age"), None);
+    pipeline.broker.kill();
+    eventually("an age", async || {
+        let answer = get(&address, "/numbers", &[]).await;
+        assert_eq!(answer.status, 200);
+        answer
+            .header("age")
+            .is_some_and(|age| age.parse::<u64>().unwrap() >= 3)
+    })
+    .await;
+    pipeline.broker.restart(&pipeline.scratch).await;
+    eventually("no age", async || {
+        get(&address, "/numbers", &[]).await.header("age").is_none()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn browsers_are_told_what_they_may_do() {
+    let pipeline = Pipeline::new().await;
+    let (_gateway, address) = pipeline.gateway().await;
+    sequences(&address, 0).await;
+    for path in ["/numbers", "/history", "/healthz", "/nothing", "/", "/docs"] {
+        let answer = get(&address, path, &["Origin: https://example.org"]).await;
+        assert_eq!(
+            answer.header("access-control-allow-origin"),
+            Some("*"),
+            "{path}"
+        );
+        assert_eq!(
+            answer.header("x-content-type-options"),
+            Some("nosniff"),
+            "{path}"
+        );
+        assert_eq!(
+            answer.header("referrer-policy"),
+            Some("no-referrer"),
+            "{path}"
+        );
+        let policy = answer.header("content-security-policy").unwrap();
+        assert!(
+            policy.starts_with("default-src 'none'; "),
+            "{path}: {policy}"
+        );
+        assert!(!policy.contains("unsafe") && policy.contains("frame-ancestors 'none'"));
+    }
+    let preflight = request(
+        &address,
+        "OPTIONS",
+        "/numbers",
+        &["Origin: https://example.org"],
+    )
+    .await;
+    assert_eq!(preflight.status, 204);
+    let allowed = preflight.header("access-control-allow-headers").unwrap();
+    assert!(allowed.contains("Authorization"), "{allowed}");
+}
+
+/// What a browser loads to show the page and the documentation, all from here.
+#[tokio::test]
+async fn the_page_is_complete() {
+    let pipeline = Pipeline::new().await;
+    let (_gateway, address) = pipeline.gateway().await;
+    for page in ["/", "/docs"] {
+        let answer = get(&address, page, &[]).await;
+        assert_eq!(answer.status, 200);
+        assert!(
+            answer
+                .header("content-type")
+                .unwrap()
+                .starts_with("text/html")
+        );
+        let links = answer.body.split(['"', '\'']).filter(|part| {
+            part.starts_with('/') && (part.ends_with(".js") || part.ends_with(".css"))
+        });
+        let links: Vec<_> = links.collect();
+        assert!(links.len() >= 2, "{page}: {links:?}");
+        for link in links {
+            let answer = get(&address, link, &[]).await;
+            assert_eq!(answer.status, 200, "{link}");
+            assert!(!answer.body.is_empty(), "{link}");
+            assert!(!answer.body.contains("https://"), "{link}");
+        }
+        assert!(!answer.body.contains("https://"), "{page}");
+    }
+    let description = get(&address, "/openapi.json", &[]).await.json();
+    assert_eq!(description["info"]["version"], env!("CARGO_PKG_VERSION"));
+}
