@@ -3,10 +3,10 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench clean
+.PHONY: help run test test-page test-api check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: ## run the whole pipeline on this machine (options: make run ARGS="--http 127.0.0.1:9090")
 	$(CARGO) build --locked --release --workspace --bins
@@ -16,6 +16,16 @@ test: ## run all tests, against real nats-servers
 	@nats/install >/dev/null
 	$(CARGO) build --locked --workspace --bins
 	$(CARGO) test --locked --workspace
+
+test-page: ## test the page in a real browser (needs chromium and chromium-driver)
+	@nats/install >/dev/null
+	$(CARGO) build --locked --workspace --bins
+	$(CARGO) test --locked --package tests --test e2e -- --ignored page::
+
+test-api: ## hold the HTTP API against its description, with schemathesis
+	@nats/install >/dev/null
+	$(CARGO) build --locked --workspace --bins
+	$(CARGO) test --locked --package tests --test e2e -- --ignored api::
 
 check: test ## everything that CI checks: format, clippy, tests, documentation
 	$(CARGO) fmt --all --check
