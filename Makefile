@@ -32,7 +32,7 @@ check: test ## everything that CI checks: format, clippy, tests, documentation
 	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
 	RUSTDOCFLAGS="--deny warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items
 
-bench: ## measure how long the steps of a tick take here
+bench: ## measure the steps of a tick and the gateway here (with wrk and nginx, if there are any)
 	@nats/install >/dev/null
 	$(CARGO) bench --locked --package tests
 

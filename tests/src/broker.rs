@@ -62,6 +62,12 @@ impl Broker {
         self.port
     }
 
+    /// The process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
     /// SIGKILL.
     pub fn kill(&mut self) {
         self.process.kill();

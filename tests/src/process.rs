@@ -39,7 +39,8 @@ impl Process {
         Self::spawn(scratch, binary, command, variables.to_vec())
     }
 
-    pub(crate) fn start_command(scratch: &Scratch, name: &str, command: Vec<String>) -> Self {
+    /// Starts another program; the name is that of its log.
+    pub fn start_command(scratch: &Scratch, name: &str, command: Vec<String>) -> Self {
         Self::spawn(scratch, name, command, Vec::new())
     }
 
@@ -174,10 +175,17 @@ fn spawn(command: &[String], variables: &[(&str, &str)], log: &Path) -> Child {
 fn binaries() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
+        // A test is target/debug/deps/e2e-…, a benchmark is target/release/deps/latency-…; the
+        // binaries are in the directory above.
+        let test = std::env::current_exe().unwrap();
+        let directory = test.parent().unwrap().parent().unwrap().to_owned();
         let mut build = Command::new(env!("CARGO"));
         build
             .current_dir(repository())
             .args(["build", "--quiet", "--workspace", "--bins"]);
+        if directory.ends_with("release") {
+            build.arg("--release");
+        }
         // What cargo says to a test about its package would make build scripts run again.
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
@@ -187,8 +195,6 @@ fn binaries() -> &'static Path {
         }
         let status = build.status().unwrap();
         assert!(status.success(), "the services do not build");
-        // This test is target/debug/deps/e2e-…; the binaries are in target/debug.
-        let test = std::env::current_exe().unwrap();
-        test.parent().unwrap().parent().unwrap().to_owned()
+        directory
     })
 }
