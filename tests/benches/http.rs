@@ -35,10 +35,8 @@ const WINDOW: u64 = 5000;
 
 #[tokio::main]
 async fn main() {
-    let parts: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|argument| !argument.starts_with('-'))
-        .collect();
+    let parts: Vec<String> =
+        std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
     let wanted = |part: &str| parts.is_empty() || parts.iter().any(|name| name == part);
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
@@ -130,11 +128,7 @@ fn load(wrk: &Path, address: &str, header: &str) -> (f64, f64, f64) {
         let line = output.lines().find(|line| line.contains(label));
         line.unwrap_or_else(|| panic!("{output}")).trim()
     };
-    let number = |text: &str| {
-        text.trim_end_matches(char::is_alphabetic)
-            .parse::<f64>()
-            .unwrap()
-    };
+    let number = |text: &str| text.trim_end_matches(char::is_alphabetic).parse::<f64>().unwrap();
     let p99 = value("99%");
     let milliseconds = match p99.trim_start_matches(|c: char| !c.is_alphabetic()) {
         "us" => 0.001,
@@ -181,15 +175,8 @@ impl Nginx {
         command.extend(arguments);
         command.push(prefix.to_str().unwrap().to_owned());
         let process = Process::start_command(scratch, "nginx", command);
-        eventually("nginx listens", async || {
-            TcpStream::connect(&copying).await.is_ok()
-        })
-        .await;
-        Self {
-            process,
-            sendfile,
-            copying,
-        }
+        eventually("nginx listens", async || TcpStream::connect(&copying).await.is_ok()).await;
+        Self { process, sendfile, copying }
     }
 }
 
@@ -207,17 +194,11 @@ impl Drop for Nginx {
 async fn live(pipeline: &Pipeline, clients: u64, published: u64) {
     let (process, address) = ready(pipeline).await;
     let memory_before = memory(process.pid(), "VmRSS");
-    let feeds: Vec<_> = stream::iter(0..clients)
-        .map(|_| subscribe(&address))
-        .buffer_unordered(64)
-        .collect()
-        .await;
+    let feeds: Vec<_> =
+        stream::iter(0..clients).map(|_| subscribe(&address)).buffer_unordered(64).collect().await;
     let taken = memory(process.pid(), "VmRSS").saturating_sub(memory_before);
     let last = published + FEED;
-    let feeds: Vec<_> = feeds
-        .into_iter()
-        .map(|feed| tokio::spawn(arrivals(feed, last)))
-        .collect();
+    let feeds: Vec<_> = feeds.into_iter().map(|feed| tokio::spawn(arrivals(feed, last))).collect();
     let (begun, used) = (Instant::now(), processor_time(process.pid()));
     let mut pace = tokio::time::interval(Duration::from_millis(500));
     let (mut sent, mut acks) = (Vec::new(), Vec::new());
@@ -298,11 +279,7 @@ async fn long_history() {
     }
     print("start of a gateway", starts);
     let (process, address) = ready(&pipeline).await;
-    for path in [
-        "/numbers",
-        "/history?after=1000&limit=1000",
-        "/history?after=500000&limit=1000",
-    ] {
+    for path in ["/numbers", "/history?after=1000&limit=1000", "/history?after=500000&limit=1000"] {
         let mut times = Vec::new();
         for _ in 0..11 {
             // Fewer than the gateway's bound on reads of the history.
@@ -313,10 +290,7 @@ async fn long_history() {
         }
         print(path, times);
     }
-    let processes = [
-        ("gateway", process.pid()),
-        ("nats-server", pipeline.broker.pid()),
-    ];
+    let processes = [("gateway", process.pid()), ("nats-server", pipeline.broker.pid())];
     for path in ["/history.ndjson", "/history.csv"] {
         let before = processes.map(|(_, pid)| memory(pid, "VmRSS"));
         for (_, pid) in processes {
@@ -328,10 +302,7 @@ async fn long_history() {
         let took = begun.elapsed().as_secs_f64();
         let bytes = body(&answer);
         assert!(bytes.ends_with(b"\r\n0\r\n\r\n"), "the export was cut");
-        println!(
-            "  {path:<24} {took:.1} s, {:.1} MB",
-            megabytes(bytes.len() as u64)
-        );
+        println!("  {path:<24} {took:.1} s, {:.1} MB", megabytes(bytes.len() as u64));
         for ((name, pid), before) in processes.into_iter().zip(before) {
             println!(
                 "    {name:<22} memory {:.0} MB before, {:.0} MB at most, {:.0} MB after",
@@ -388,10 +359,7 @@ fn product(slot: u64) -> Product {
 /// A gateway that is ready, and its address.
 async fn ready(pipeline: &Pipeline) -> (Process, String) {
     let (process, address) = pipeline.gateway().await;
-    while !get(&address, "/readyz", "Accept: */*")
-        .await
-        .starts_with(b"HTTP/1.1 200 ")
-    {
+    while !get(&address, "/readyz", "Accept: */*").await.starts_with(b"HTTP/1.1 200 ") {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     (process, address)
@@ -410,16 +378,9 @@ async fn get(address: &str, path: &str, header: &str) -> Vec<u8> {
 
 /// The body of an answer that is one.
 fn body(answer: &[u8]) -> &[u8] {
-    let end = answer
-        .windows(4)
-        .position(|four| four == b"\r\n\r\n")
-        .unwrap();
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n").unwrap();
     let (head, body) = answer.split_at(end + 4);
-    assert!(
-        head.starts_with(b"HTTP/1.1 200 "),
-        "{}",
-        String::from_utf8_lossy(answer)
-    );
+    assert!(head.starts_with(b"HTTP/1.1 200 "), "{}", String::from_utf8_lossy(answer));
     body
 }
 
@@ -427,12 +388,7 @@ fn body(answer: &[u8]) -> &[u8] {
 fn memory(pid: u32, name: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with(name)).unwrap();
-    line.split_whitespace()
-        .nth(1)
-        .unwrap()
-        .parse::<u64>()
-        .unwrap()
-        * 1024
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 
 /// How long a process and its children have computed so far (proc(5); Linux counts in hundredths
@@ -443,11 +399,7 @@ fn processor_time(pid: u32) -> Duration {
     let ticks = |pid: u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let fields = stat.rsplit(") ").next().unwrap().split(' ');
-        fields
-            .skip(11)
-            .take(2)
-            .map(|n| n.parse::<u64>().unwrap())
-            .sum::<u64>()
+        fields.skip(11).take(2).map(|n| n.parse::<u64>().unwrap()).sum::<u64>()
     };
     Duration::from_millis(children.chain([pid]).map(ticks).sum::<u64>() * 10)
 }

@@ -24,18 +24,13 @@ async fn main() {
         let begun = Instant::now();
         let timeout = Duration::from_secs(5);
         let payload = payload.into();
-        jetstream::publish(&pipeline.client, subject, Slot(slot), payload, timeout)
-            .await
-            .unwrap();
+        jetstream::publish(&pipeline.client, subject, Slot(slot), payload, timeout).await.unwrap();
         begun.elapsed()
     };
     let product = Product::new(846, 511).unwrap();
     let (mut claims, mut acks, mut requests) = (Vec::new(), Vec::new(), Vec::new());
     for slot in 0..ROUNDS as u64 {
-        let claim = Claim {
-            slot: Slot(slot),
-            multiplier: "bench".to_owned(),
-        };
+        let claim = Claim { slot: Slot(slot), multiplier: "bench".to_owned() };
         claims.push(publish(subjects::CLAIM, slot, claim.encode()).await);
         acks.push(publish(subjects::PUBLISHED, slot, product.encode()).await);
         let begun = Instant::now();

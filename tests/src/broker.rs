@@ -38,16 +38,10 @@ impl Broker {
         .into();
         // The server takes a free port itself, and keeps it over restarts.
         let mut process = Process::start_command(scratch, "nats-server", with_port(&command, -1));
-        let line = process
-            .wait_for("Listening for client connections on")
-            .await;
+        let line = process.wait_for("Listening for client connections on").await;
         let port = line.rsplit(':').next().unwrap().parse().unwrap();
         process.wait_for("Server is ready").await;
-        Self {
-            process,
-            port,
-            command,
-        }
+        Self { process, port, command }
     }
 
     /// Where clients connect.
@@ -103,14 +97,8 @@ fn with_port(command: &[String], port: i32) -> Vec<String> {
 pub fn nats_server() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
-        let output = Command::new(repository().join("nats/install"))
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        let output = Command::new(repository().join("nats/install")).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let text = String::from_utf8(output.stdout).unwrap();
         PathBuf::from(text.lines().last().unwrap())
     })

@@ -31,11 +31,7 @@ impl Browser {
             .process_group(0)
             .spawn()
             .expect("chromedriver and Chromium (apt-get install chromium chromium-driver)");
-        let mut browser = Self {
-            driver,
-            address: String::new(),
-            session: String::new(),
-        };
+        let mut browser = Self { driver, address: String::new(), session: String::new() };
         eventually("the driver listens", async || {
             let said = std::fs::read_to_string(&log).unwrap();
             let port = said.split("successfully on port ").nth(1);
@@ -53,9 +49,7 @@ impl Browser {
             "goog:loggingPrefs": { "browser": "ALL" },
         } } });
         let answer = http::post(&browser.address, "/session", &capabilities).await;
-        let session = answer.json()["value"]["sessionId"]
-            .as_str()
-            .map(str::to_owned);
+        let session = answer.json()["value"]["sessionId"].as_str().map(str::to_owned);
         browser.session = session.unwrap_or_else(|| panic!("no session: {answer:?}"));
         browser
     }
@@ -75,43 +69,29 @@ impl Browser {
     /// The value of an expression.
     pub async fn value(&self, expression: &str) -> Value {
         let script = format!("return {expression}");
-        self.command("execute/sync", json!({ "script": script, "args": [] }))
-            .await
+        self.command("execute/sync", json!({ "script": script, "args": [] })).await
     }
 
     /// The text of the elements that a selector finds.
     pub async fn texts(&self, selector: &str) -> Vec<String> {
         let all = format!("[...document.querySelectorAll({selector:?})].map(e => e.innerText)");
         let texts = self.value(&all).await;
-        texts
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|text| text.as_str().unwrap().to_owned())
-            .collect()
+        texts.as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_owned()).collect()
     }
 
     /// The text of the first of them.
     pub async fn text(&self, selector: &str) -> String {
-        self.texts(selector)
-            .await
-            .into_iter()
-            .next()
-            .unwrap_or_default()
+        self.texts(selector).await.into_iter().next().unwrap_or_default()
     }
 
     /// Types into what has the focus; `\u{E007}` is Enter, `\u{E004}` Tab.
     pub async fn press(&self, keys: &str) {
         let presses = keys.chars().flat_map(|key| {
-            [
-                json!({ "type": "keyDown", "value": key }),
-                json!({ "type": "keyUp", "value": key }),
-            ]
+            [json!({ "type": "keyDown", "value": key }), json!({ "type": "keyUp", "value": key })]
         });
         let actions: Vec<_> = presses.collect();
         let keyboard = json!({ "type": "key", "id": "keyboard", "actions": actions });
-        self.command("actions", json!({ "actions": [keyboard] }))
-            .await;
+        self.command("actions", json!({ "actions": [keyboard] })).await;
     }
 
     /// A command of the `DevTools` protocol, such as the emulation of a telephone.
@@ -124,12 +104,7 @@ impl Browser {
     /// that the page's policy forbids.
     pub async fn complaints(&self) -> Vec<String> {
         let entries = self.command("se/log", json!({ "type": "browser" })).await;
-        entries
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(ToString::to_string)
-            .collect()
+        entries.as_array().unwrap().iter().map(ToString::to_string).collect()
     }
 
     /// Leaves a picture of the page in `target/screenshots`, for people to look at.

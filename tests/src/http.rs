@@ -158,11 +158,7 @@ impl Lines {
     pub async fn over(stream: TcpStream) -> Self {
         let mut reader = BufReader::new(stream);
         let head = head(&mut reader).await;
-        Self {
-            status: status(&head),
-            head: lower_names(&head),
-            reader,
-        }
+        Self { status: status(&head), head: lower_names(&head), reader }
     }
 
     /// The next line; `None` at the end.

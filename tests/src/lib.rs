@@ -88,10 +88,7 @@ pub async fn services(client: &async_nats::Client, verb: &str) -> Vec<serde_json
     let inbox = client.new_inbox();
     let mut answers = client.subscribe(inbox.clone()).await.unwrap();
     let subject = format!("$SRV.{verb}");
-    client
-        .publish_with_reply(subject, inbox, "".into())
-        .await
-        .unwrap();
+    client.publish_with_reply(subject, inbox, "".into()).await.unwrap();
     let mut all = Vec::new();
     while let Ok(Some(answer)) =
         tokio::time::timeout(Duration::from_millis(300), answers.next()).await

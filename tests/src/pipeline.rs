@@ -31,11 +31,7 @@ impl Pipeline {
     /// The same on a broker that is there already.
     pub async fn on(scratch: Scratch, broker: Broker) -> Self {
         let client = connect(&broker).await;
-        let pipeline = Self {
-            broker,
-            client,
-            scratch,
-        };
+        let pipeline = Self { broker, client, scratch };
         let provision = pipeline.evenodd(&["provision"]).await;
         assert_eq!(provision.0, Some(0), "{}", provision.1);
         pipeline
@@ -112,9 +108,7 @@ impl Pipeline {
 
     /// Up to `limit` stored messages, from a sequence on.
     pub async fn entries(&self, from: u64, limit: usize) -> Vec<Entry> {
-        history::read(&self.client, NUMBERS, from, limit)
-            .await
-            .unwrap()
+        history::read(&self.client, NUMBERS, from, limit).await.unwrap()
     }
 
     /// `evenodd verify` finds no fault.

@@ -55,12 +55,7 @@ impl Process {
             .find(|path| !path.exists())
             .unwrap();
         let child = spawn(&command, &variables, &log);
-        Self {
-            child,
-            log,
-            command,
-            variables,
-        }
+        Self { child, log, command, variables }
     }
 
     /// Starts the same command again, after the process has ended.
@@ -119,10 +114,7 @@ impl Process {
                 return Some(line.to_owned());
             }
             if let Some(status) = process.exit_status() {
-                panic!(
-                    "ended with {status} before it printed {text:?}:\n{}",
-                    process.log()
-                );
+                panic!("ended with {status} before it printed {text:?}:\n{}", process.log());
             }
             None
         })
@@ -180,9 +172,7 @@ fn binaries() -> &'static Path {
         let test = std::env::current_exe().unwrap();
         let directory = test.parent().unwrap().parent().unwrap().to_owned();
         let mut build = Command::new(env!("CARGO"));
-        build
-            .current_dir(repository())
-            .args(["build", "--quiet", "--workspace", "--bins"]);
+        build.current_dir(repository()).args(["build", "--quiet", "--workspace", "--bins"]);
         if directory.ends_with("release") {
             build.arg("--release");
         }

@@ -20,10 +20,7 @@ impl Ticks {
     pub async fn watch(client: &Client) -> Self {
         let records = client.subscribe(subjects::DONE).await.unwrap();
         client.flush().await.unwrap();
-        Self {
-            records,
-            seen: Vec::new(),
-        }
+        Self { records, seen: Vec::new() }
     }
 
     /// The next record.

@@ -77,10 +77,7 @@ impl Parity {
         u16::try_from(number)
             .ok()
             .filter(|n| self.range().contains(n) && n % 2 == self.range().start() % 2)
-            .ok_or(DecodeError::WrongNumber {
-                parity: self,
-                number,
-            })
+            .ok_or(DecodeError::WrongNumber { parity: self, number })
     }
 
     /// The payload of a reply with this number.
@@ -131,10 +128,7 @@ impl Product {
     /// # Errors
     /// [`DecodeError::WrongNumber`] if one is not of its parity or not in its range.
     pub fn new(even: u64, odd: u64) -> Result<Self, DecodeError> {
-        Ok(Self {
-            even: Parity::Even.check(even)?,
-            odd: Parity::Odd.check(odd)?,
-        })
+        Ok(Self { even: Parity::Even.check(even)?, odd: Parity::Odd.check(odd)? })
     }
 
     /// The even factor.
@@ -178,11 +172,7 @@ impl Product {
 
 impl From<Product> for ProductFields {
     fn from(product: Product) -> Self {
-        Self {
-            number: product.number().into(),
-            even: product.even.into(),
-            odd: product.odd.into(),
-        }
+        Self { number: product.number().into(), even: product.even.into(), odd: product.odd.into() }
     }
 }
 
@@ -337,10 +327,7 @@ mod tests {
     #[test]
     fn writes_the_payload_as_documented() {
         let product = Product::new(846, 511).unwrap();
-        assert_eq!(
-            product.encode(),
-            br#"{"number":432306,"even":846,"odd":511}"#
-        );
+        assert_eq!(product.encode(), br#"{"number":432306,"even":846,"odd":511}"#);
         assert_eq!(Parity::encode_reply(846), br#"{"number":846}"#);
     }
 

@@ -33,10 +33,8 @@ mod tests {
     #[test]
     fn enumeration_and_division_agree() {
         // For each even number: the odd ones that are greater than the threshold divided by it.
-        let above: u32 = (2..=1000)
-            .step_by(2)
-            .map(|even| 500 - 500.min((THRESHOLD / even).div_ceil(2)))
-            .sum();
+        let above: u32 =
+            (2..=1000).step_by(2).map(|even| 500 - 500.min((THRESHOLD / even).div_ceil(2))).sum();
         assert_eq!(published_pairs(), (above, 501 * 500));
     }
 }

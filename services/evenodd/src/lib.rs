@@ -42,9 +42,7 @@ pub fn main() -> ExitCode {
     // Only what is wrong: a command's result is its output.
     telemetry::start(&cli.log, "warn,async_nats=error");
     // One thread: a child gets its death signal when the thread that started it ends.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = runtime.map_err(Into::into).and_then(|runtime| {
         runtime.block_on(async {
             match cli.command {

@@ -44,11 +44,7 @@ impl Provision {
             println!("{outcome}");
             all_well &= outcome.refused.is_empty();
         }
-        Ok(if all_well {
-            ExitCode::SUCCESS
-        } else {
-            ExitCode::FAILURE
-        })
+        Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
 
@@ -83,11 +79,7 @@ impl std::fmt::Display for Outcome {
                 lines(&self.refused, "  ! ")
             )?;
             if !self.applied.is_empty() {
-                write!(
-                    f,
-                    "\n  It would also change\n{}",
-                    lines(&self.applied, "    ")
-                )?;
+                write!(f, "\n  It would also change\n{}", lines(&self.applied, "    "))?;
             }
             Ok(())
         } else if !self.applied.is_empty() {
@@ -144,10 +136,7 @@ impl std::fmt::Display for NotYet {
 impl std::error::Error for NotYet {}
 
 async fn provision_stream(context: &Context, wanted: &Config) -> anyhow::Result<Outcome> {
-    let mut outcome = Outcome {
-        stream: wanted.name.clone(),
-        ..Outcome::default()
-    };
+    let mut outcome = Outcome { stream: wanted.name.clone(), ..Outcome::default() };
     let has = match context.get_stream(&wanted.name).await {
         Ok(stream) => stream.cached_info().config.clone(),
         Err(error) => match error.kind() {
@@ -162,13 +151,9 @@ async fn provision_stream(context: &Context, wanted: &Config) -> anyhow::Result<
         },
     };
     // More replicas than asked for are no fault.
-    let wanted = &Config {
-        num_replicas: wanted.num_replicas.max(has.num_replicas),
-        ..wanted.clone()
-    };
-    let (applied, refused) = differences(&has, wanted)?
-        .into_iter()
-        .partition(loses_nothing);
+    let wanted =
+        &Config { num_replicas: wanted.num_replicas.max(has.num_replicas), ..wanted.clone() };
+    let (applied, refused) = differences(&has, wanted)?.into_iter().partition(loses_nothing);
     outcome.applied = applied;
     outcome.refused = refused;
     if outcome.refused.is_empty() && !outcome.applied.is_empty() {
@@ -193,11 +178,8 @@ async fn create(context: &Context, wanted: &Config) -> anyhow::Result<()> {
             }
             // Too few servers so far, or no leader: a cluster that is just coming up.
             Kind::JetStream(answer)
-                if [
-                    ErrorCode::CLUSTER_NO_PEERS,
-                    ErrorCode::CLUSTER_NOT_AVAILABLE,
-                ]
-                .contains(&answer.error_code()) =>
+                if [ErrorCode::CLUSTER_NO_PEERS, ErrorCode::CLUSTER_NOT_AVAILABLE]
+                    .contains(&answer.error_code()) =>
             {
                 bail!(NotYet(answer.to_string()))
             }
@@ -226,11 +208,7 @@ fn differences(has: &Config, wanted: &Config) -> anyhow::Result<Vec<Difference>>
                 of.get(setting).cloned().unwrap_or(Value::Null)
             };
             let (has, wanted) = (value(&has), value(&wanted));
-            (has != wanted).then(|| Difference {
-                setting: setting.clone(),
-                has,
-                wanted,
-            })
+            (has != wanted).then(|| Difference { setting: setting.clone(), has, wanted })
         })
         .collect())
 }
@@ -281,12 +259,8 @@ mod tests {
     #[test]
     fn what_could_lose_something_is_refused() {
         assert!(refused(|has| has.num_replicas = 5));
-        assert!(refused(
-            |has| has.storage = jetstream::stream::StorageType::Memory
-        ));
-        assert!(refused(
-            |has| has.retention = jetstream::stream::RetentionPolicy::WorkQueue
-        ));
+        assert!(refused(|has| has.storage = jetstream::stream::StorageType::Memory));
+        assert!(refused(|has| has.retention = jetstream::stream::RetentionPolicy::WorkQueue));
         assert!(refused(|has| has.subjects = vec!["numbers.>".into()]));
         assert!(refused(|has| has.sealed = true));
     }

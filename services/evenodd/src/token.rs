@@ -48,10 +48,7 @@ impl Token {
             .with_context(|| format!("{file} holds no private key of RSA, P-256 or Ed25519"))?
         } else {
             // As the gateway reads it: without the line break at the end.
-            (
-                EncodingKey::from_secret(content.trim_ascii_end()),
-                Algorithm::HS256,
-            )
+            (EncodingKey::from_secret(content.trim_ascii_end()), Algorithm::HS256)
         };
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
         let mut claims = json!({

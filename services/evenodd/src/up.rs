@@ -46,21 +46,11 @@ pub struct Up {
     nats_port: u16,
 
     /// The nats-server to start
-    #[arg(
-        long,
-        env = "EVENODD_NATS_SERVER",
-        value_name = "FILE",
-        default_value = "nats-server"
-    )]
+    #[arg(long, env = "EVENODD_NATS_SERVER", value_name = "FILE", default_value = "nats-server")]
     nats_server: PathBuf,
 
     /// Where the history is kept
-    #[arg(
-        long,
-        env = "EVENODD_DATA",
-        value_name = "DIRECTORY",
-        default_value = "./data"
-    )]
+    #[arg(long, env = "EVENODD_DATA", value_name = "DIRECTORY", default_value = "./data")]
     data: PathBuf,
 
     /// Where the first gateway listens; each further one takes the next port
@@ -133,9 +123,7 @@ impl Up {
             while self.nats.is_none() && TcpStream::connect(own).await.is_err() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
-            let settings = NatsSettings {
-                nats: servers.clone(),
-            };
+            let settings = NatsSettings { nats: servers.clone() };
             let client = connection::connect(&settings, USER, "evenodd up").await?;
             let wait = Duration::from_secs(120);
             for outcome in provision::provision(&client, 1, wait).await? {
@@ -154,21 +142,13 @@ impl Up {
             Spec::service(ready, binary, format!("{label}-{}", n + 1), args, servers)
         };
         let gateways = (0..self.gateways)
-            .map(|n| {
-                service(
-                    "gateway",
-                    "gateway",
-                    n,
-                    &["--http", &self.http(n).to_string()],
-                )
-            })
+            .map(|n| service("gateway", "gateway", n, &["--http", &self.http(n).to_string()]))
             .collect();
         let even = (0..self.even).map(|n| service("generator", "even", n, &["--parity", "even"]));
         let odd = (0..self.odd).map(|n| service("generator", "odd", n, &["--parity", "odd"]));
         let generators = even.chain(odd).collect();
-        let multipliers = (0..self.multipliers)
-            .map(|n| service("multiplier", "multiplier", n, &[]))
-            .collect();
+        let multipliers =
+            (0..self.multipliers).map(|n| service("multiplier", "multiplier", n, &[])).collect();
         for stage in [gateways, generators, multipliers] {
             stages.push(Children::start(stage));
         }
@@ -184,11 +164,7 @@ impl Up {
     }
 
     fn server_list(&self) -> String {
-        let urls: Vec<_> = self
-            .servers()
-            .iter()
-            .map(|s| s.as_url_str().to_owned())
-            .collect();
+        let urls: Vec<_> = self.servers().iter().map(|s| s.as_url_str().to_owned()).collect();
         urls.join(",")
     }
 

@@ -28,22 +28,11 @@ pub struct Verify {
     nats: NatsSettings,
 
     /// The most faults to print; all are counted
-    #[arg(
-        long,
-        env = "EVENODD_MAX_FAULTS",
-        value_name = "N",
-        default_value = "1000"
-    )]
+    #[arg(long, env = "EVENODD_MAX_FAULTS", value_name = "N", default_value = "1000")]
     max_faults: usize,
 
     /// The length of a slot in milliseconds; only tests have another one
-    #[arg(
-        long,
-        env = "EVENODD_SLOT_MS",
-        value_name = "MS",
-        default_value = "500",
-        hide = true
-    )]
+    #[arg(long, env = "EVENODD_SLOT_MS", value_name = "MS", default_value = "500", hide = true)]
     slot_ms: NonZeroU64,
 }
 
@@ -97,11 +86,7 @@ impl Verify {
         }
         progress.finish_and_clear();
         writeln!(std::io::stdout(), "{}", check.summary())?;
-        Ok(if check.fault_count == 0 {
-            ExitCode::SUCCESS
-        } else {
-            ExitCode::FAILURE
-        })
+        Ok(if check.fault_count == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
 
@@ -209,10 +194,8 @@ impl Check {
         let begins_ms = i128::from(slot.0) * i128::from(self.slot_ms.get());
         let stored_ms = entry.time.unix_timestamp_nanos() / 1_000_000;
         if begins_ms > stored_ms + i128::from(CLOCK_SKEW.as_secs()) * 1000 {
-            return self.fault(
-                sequence,
-                format_args!("slot {slot} was not yet when it was stored"),
-            );
+            return self
+                .fault(sequence, format_args!("slot {slot} was not yet when it was stored"));
         }
         if !self.known_slots.insert(slot) {
             return self.fault(sequence, format_args!("slot {slot} was published before"));
@@ -256,8 +239,7 @@ impl Check {
         let p = odds::publish_probability();
         let deviations = (published - slots * p) / (slots * p * (1.0 - p)).sqrt();
         let time = |time: Option<OffsetDateTime>| {
-            time.and_then(|t| t.format(&Rfc3339).ok())
-                .unwrap_or_else(|| "-".to_owned())
+            time.and_then(|t| t.format(&Rfc3339).ok()).unwrap_or_else(|| "-".to_owned())
         };
         format!(
             "messages   {}\n\
@@ -304,46 +286,22 @@ mod tests {
     #[test]
     fn every_kind_of_fault_is_found_with_its_sequence() {
         for (what, messages) in [
-            (
-                "sequence 2: missing up to sequence 3",
-                [(1, 5000, RIGHT), (4, 5001, RIGHT)],
-            ),
-            (
-                "sequence 2: slot 5000 was published before",
-                [(1, 5000, RIGHT), (2, 5000, RIGHT)],
-            ),
-            (
-                "sequence 2: slot 7 is 4993 slots behind",
-                [(1, 5000, RIGHT), (2, 7, RIGHT)],
-            ),
+            ("sequence 2: missing up to sequence 3", [(1, 5000, RIGHT), (4, 5001, RIGHT)]),
+            ("sequence 2: slot 5000 was published before", [(1, 5000, RIGHT), (2, 5000, RIGHT)]),
+            ("sequence 2: slot 7 is 4993 slots behind", [(1, 5000, RIGHT), (2, 7, RIGHT)]),
             (
                 "sequence 2: 6 is not above",
-                [
-                    (1, 5000, RIGHT),
-                    (2, 5001, r#"{"number":6,"even":2,"odd":3}"#),
-                ],
+                [(1, 5000, RIGHT), (2, 5001, r#"{"number":6,"even":2,"odd":3}"#)],
             ),
-            (
-                "sequence 2: not a valid message",
-                [(1, 5000, RIGHT), (2, 5001, "hello")],
-            ),
-            (
-                "sequence 2: slot 99999 was not yet",
-                [(1, 5000, RIGHT), (2, 99_999, RIGHT)],
-            ),
+            ("sequence 2: not a valid message", [(1, 5000, RIGHT), (2, 5001, "hello")]),
+            ("sequence 2: slot 99999 was not yet", [(1, 5000, RIGHT), (2, 99_999, RIGHT)]),
             (
                 "1001 is not an odd number",
-                [
-                    (1, 5000, RIGHT),
-                    (2, 5001, r#"{"number":2002,"even":2,"odd":1001}"#),
-                ],
+                [(1, 5000, RIGHT), (2, 5001, r#"{"number":2002,"even":2,"odd":1001}"#)],
             ),
             (
                 "2 x 3 is 6, not 7",
-                [
-                    (1, 5000, RIGHT),
-                    (2, 5001, r#"{"number":7,"even":2,"odd":3}"#),
-                ],
+                [(1, 5000, RIGHT), (2, 5001, r#"{"number":7,"even":2,"odd":3}"#)],
             ),
         ] {
             let check = check(&messages);

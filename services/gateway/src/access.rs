@@ -31,21 +31,11 @@ pub struct AccessSettings {
     jwt_key: Option<PathBuf>,
 
     /// The audience (`aud`) that a token must have
-    #[arg(
-        long,
-        env = "EVENODD_JWT_AUDIENCE",
-        value_name = "NAME",
-        requires = "jwt_key"
-    )]
+    #[arg(long, env = "EVENODD_JWT_AUDIENCE", value_name = "NAME", requires = "jwt_key")]
     jwt_audience: Option<String>,
 
     /// The issuer (`iss`) that a token must have
-    #[arg(
-        long,
-        env = "EVENODD_JWT_ISSUER",
-        value_name = "NAME",
-        requires = "jwt_key"
-    )]
+    #[arg(long, env = "EVENODD_JWT_ISSUER", value_name = "NAME", requires = "jwt_key")]
     jwt_issuer: Option<String>,
 }
 
@@ -78,11 +68,7 @@ impl Access {
             return Ok(None);
         };
         let keys = RwLock::new(read_keys(&file)?);
-        Ok(Some(Arc::new(Self {
-            settings,
-            file,
-            keys,
-        })))
+        Ok(Some(Arc::new(Self { settings, file, keys })))
     }
 
     /// Reads the key again at every SIGHUP. One that cannot be used changes nothing.
@@ -94,10 +80,7 @@ impl Access {
         while hangups.recv().await.is_some() {
             match read_keys(&self.file) {
                 Ok(keys) => {
-                    *self
-                        .keys
-                        .write()
-                        .unwrap_or_else(std::sync::PoisonError::into_inner) = keys;
+                    *self.keys.write().unwrap_or_else(std::sync::PoisonError::into_inner) = keys;
                     info!(file = %self.file.display(), "the key was read again");
                 }
                 Err(error) => warn!("the key stays as it was: {error:#}"),
@@ -118,17 +101,12 @@ impl Access {
             None => token,
         };
         let token = token.ok_or_else(Problem::token_missing)?;
-        self.valid_for(token)
-            .map(|left| Instant::now() + left)
-            .ok_or_else(Problem::token_invalid)
+        self.valid_for(token).map(|left| Instant::now() + left).ok_or_else(Problem::token_invalid)
     }
 
     fn valid_for(&self, token: &str) -> Option<Duration> {
         let id = decode_header(token).ok()?.kid;
-        let keys = self
-            .keys
-            .read()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let keys = self.keys.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         let key = match (&**keys, &id) {
             // With one key it does not matter what it is called.
             ([key], _) if key.id.is_none() || id.is_none() => key,
@@ -151,9 +129,7 @@ impl Access {
         }
         validation.set_required_spec_claims(&required);
         let claims = decode::<Claims>(token, &key.key, &validation).ok()?.claims;
-        let now = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .ok()?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
         let expires = Duration::try_from_secs_f64(claims.exp).unwrap_or(Duration::MAX);
         let expires = expires.saturating_add(Duration::from_secs(LEEWAY_S));
         // An instant has an end as well; nobody is connected for longer than a year.
@@ -174,9 +150,7 @@ fn key_file(path: &str) -> Result<PathBuf, String> {
 /// The token of an `Authorization` header.
 fn bearer(value: &str) -> Option<&str> {
     let (scheme, token) = value.split_once(' ')?;
-    scheme
-        .eq_ignore_ascii_case("bearer")
-        .then_some(token.trim())
+    scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
 }
 
 fn read_keys(file: &Path) -> anyhow::Result<Vec<Key>> {
@@ -218,10 +192,7 @@ fn pem_key(content: &[u8]) -> anyhow::Result<Key> {
     .into_iter()
     .find_map(|(key, algorithm)| Some((key.ok()?, algorithm)));
     let is_private = String::from_utf8_lossy(content).contains("PRIVATE KEY");
-    ensure!(
-        !is_private,
-        "it is a private key; give the public one that belongs to it"
-    );
+    ensure!(!is_private, "it is a private key; give the public one that belongs to it");
     let (key, algorithm) = found.context(
         "it is no public key of RSA, P-256 or Ed25519 (PEM, -----BEGIN PUBLIC KEY-----)",
     )?;
@@ -229,11 +200,7 @@ fn pem_key(content: &[u8]) -> anyhow::Result<Key> {
         let length = key.try_get_as_bytes()?.len();
         ensure!(length == P256_POINT, "its curve is not P-256");
     }
-    Ok(Key {
-        id: None,
-        key,
-        algorithm,
-    })
+    Ok(Key { id: None, key, algorithm })
 }
 
 /// The keys of a JWKS (RFC 7517) that can be used here; the others are left out, with a word.
@@ -267,16 +234,11 @@ fn set_key(jwk: &Jwk) -> anyhow::Result<Key> {
     };
     let named = jwk.common.key_algorithm.map(|named| named.to_string());
     ensure!(
-        named
-            .as_ref()
-            .is_none_or(|named| *named == format!("{algorithm:?}")),
+        named.as_ref().is_none_or(|named| *named == format!("{algorithm:?}")),
         "it is for {}, not for {algorithm:?}",
         named.unwrap_or_default()
     );
-    let signs = matches!(
-        jwk.common.public_key_use,
-        None | Some(PublicKeyUse::Signature)
-    );
+    let signs = matches!(jwk.common.public_key_use, None | Some(PublicKeyUse::Signature));
     ensure!(signs, "it is not for signatures");
     let key = DecodingKey::from_jwk(jwk)?;
     if algorithm == Algorithm::HS256 {
@@ -285,9 +247,5 @@ fn set_key(jwk: &Jwk) -> anyhow::Result<Key> {
             "it is shorter than {MIN_SECRET} bytes"
         );
     }
-    Ok(Key {
-        id: jwk.common.key_id.clone(),
-        key,
-        algorithm,
-    })
+    Ok(Key { id: jwk.common.key_id.clone(), key, algorithm })
 }

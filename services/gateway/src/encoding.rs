@@ -39,9 +39,7 @@ impl Encoding {
         let weight = |encoding: Self| {
             let name = encoding.name().unwrap_or("identity");
             quality(headers, &header::ACCEPT_ENCODING, |range| {
-                (range.eq_ignore_ascii_case(name))
-                    .then_some(1)
-                    .or((range == "*").then_some(0))
+                (range.eq_ignore_ascii_case(name)).then_some(1).or((range == "*").then_some(0))
             })
         };
         let mut best = (Self::Identity, 0.0);
@@ -89,9 +87,7 @@ impl Encoded {
         };
         Self {
             gzip: gzip().unwrap_or_default().into(),
-            zstd: zstd::encode_all(&*identity, ZSTD_LEVEL)
-                .unwrap_or_default()
-                .into(),
+            zstd: zstd::encode_all(&*identity, ZSTD_LEVEL).unwrap_or_default().into(),
             brotli: brotli().unwrap_or_default().into(),
             identity,
         }
@@ -140,17 +136,13 @@ fn quality(
 ) -> f32 {
     let values = headers.get_all(name);
     let ranges = values.iter().filter_map(|value| value.to_str().ok());
-    let weights = ranges
-        .flat_map(|value| value.split(','))
-        .filter_map(|range| {
-            let mut parts = range.split(';').map(str::trim);
-            let specific = specificity(parts.next()?)?;
-            let weight = parts.find_map(|part| part.strip_prefix("q=")?.parse().ok());
-            Some((specific, weight.unwrap_or(1.0)))
-        });
-    weights
-        .max_by_key(|&(specific, _)| specific)
-        .map_or(0.0, |(_, weight)| weight)
+    let weights = ranges.flat_map(|value| value.split(',')).filter_map(|range| {
+        let mut parts = range.split(';').map(str::trim);
+        let specific = specificity(parts.next()?)?;
+        let weight = parts.find_map(|part| part.strip_prefix("q=")?.parse().ok());
+        Some((specific, weight.unwrap_or(1.0)))
+    });
+    weights.max_by_key(|&(specific, _)| specific).map_or(0.0, |(_, weight)| weight)
 }
 
 #[cfg(test)]
@@ -181,17 +173,9 @@ mod tests {
             ("nonsense", false),
         ] {
             let headers = headers(header::ACCEPT, accept);
-            assert_eq!(
-                prefers(&headers, "text/plain", "application/json"),
-                text,
-                "{accept}"
-            );
+            assert_eq!(prefers(&headers, "text/plain", "application/json"), text, "{accept}");
         }
-        assert!(!prefers(
-            &HeaderMap::new(),
-            "text/plain",
-            "application/json"
-        ));
+        assert!(!prefers(&HeaderMap::new(), "text/plain", "application/json"));
     }
 
     #[test]

@@ -62,13 +62,7 @@ pub struct Page {
 
 impl Page {
     fn new(snapshot: &Snapshot, numbers: Vec<Number>, next: Option<u64>) -> Self {
-        Self {
-            stream: NUMBERS,
-            last_seq: snapshot.last_seq,
-            count: numbers.len(),
-            numbers,
-            next,
-        }
+        Self { stream: NUMBERS, last_seq: snapshot.last_seq, count: numbers.len(), numbers, next }
     }
 }
 
@@ -240,10 +234,7 @@ impl Rate {
     const BURST: Duration = Duration::from_secs(1);
 
     fn new(per_s: u32) -> Self {
-        Self {
-            interval: Duration::from_secs(1) / per_s.max(1),
-            even: Mutex::new(Instant::now()),
-        }
+        Self { interval: Duration::from_secs(1) / per_s.max(1), even: Mutex::new(Instant::now()) }
     }
 
     /// Admits one, or says how long to wait.

@@ -119,10 +119,7 @@ impl Service for Settings {
         let access = Access::new(self.access.clone())?;
         serve::raise_file_limit(self.max_connections);
         let listener = TcpListener::bind(self.http).await.with_context(|| {
-            format!(
-                "cannot listen on {}; choose another address with --http",
-                self.http
-            )
+            format!("cannot listen on {}; choose another address with --http", self.http)
         })?;
         let address = listener.local_addr()?;
         let client = connection::connect(&self.common.nats, ABOUT.name, ABOUT.name).await?;
@@ -132,11 +129,7 @@ impl Service for Settings {
         let (replicas, list) = Replicas::new(client.clone()).await?;
         let reload = access.clone();
         let routes = routes::all(Arc::new(Gateway {
-            history: Arc::new(History::new(
-                client.clone(),
-                self.history_reads,
-                self.max_exports,
-            )),
+            history: Arc::new(History::new(client.clone(), self.history_reads, self.max_exports)),
             client: client.clone(),
             state,
             replicas: list,

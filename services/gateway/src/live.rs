@@ -81,10 +81,7 @@ impl Feed {
             ended: false,
             _permit: permit,
         };
-        if wish
-            .stream
-            .is_some_and(|id| id != stream_id(snapshot.created))
-        {
+        if wish.stream.is_some_and(|id| id != stream_id(snapshot.created)) {
             let reset = feed.reset(snapshot, "this is not the stream that was read before");
             feed.greeting = Some(feed.greeting.unwrap_or_default() + &reset);
         }
@@ -116,11 +113,7 @@ impl Feed {
             }
             // The position may become one beyond the end without a new snapshot.
             let look = Instant::now() + CATCH_UP / 4;
-            let wake = if self.beyond.is_some() {
-                look.min(heartbeat)
-            } else {
-                heartbeat
-            };
+            let wake = if self.beyond.is_some() { look.min(heartbeat) } else { heartbeat };
             let wake = self.ends.map_or(wake, |ends| ends.min(wake));
             tokio::select! {
                 _ = self.snapshots.changed() => {}
@@ -147,10 +140,7 @@ impl Feed {
             if !self.gateway.state.is_current() {
                 self.beyond = Some(Instant::now());
             } else if since.elapsed() > CATCH_UP {
-                return Some(
-                    self.reset(&snapshot, "nothing was published there yet")
-                        .into(),
-                );
+                return Some(self.reset(&snapshot, "nothing was published there yet").into());
             }
             return None;
         }

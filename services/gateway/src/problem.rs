@@ -17,11 +17,7 @@ pub struct Problem {
 
 impl Problem {
     fn new(status: StatusCode, detail: impl Into<String>) -> Self {
-        Self {
-            status,
-            detail: detail.into(),
-            header: None,
-        }
+        Self { status, detail: detail.into(), header: None }
     }
 
     fn with(mut self, name: HeaderName, value: impl Into<HeaderValue>) -> Self {
@@ -36,23 +32,15 @@ impl Problem {
 
     /// 401 for a request without a token (RFC 6750, section 3).
     pub fn token_missing() -> Self {
-        Self::new(
-            StatusCode::UNAUTHORIZED,
-            "this needs a token: Authorization: Bearer ...",
-        )
-        .with(
-            header::WWW_AUTHENTICATE,
-            HeaderValue::from_static("Bearer realm=\"evenodd\""),
-        )
+        Self::new(StatusCode::UNAUTHORIZED, "this needs a token: Authorization: Bearer ...")
+            .with(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"evenodd\""))
     }
 
     /// 401 for a token that does not do. What is wrong with it is nobody's business.
     pub fn token_invalid() -> Self {
         let challenge = "Bearer realm=\"evenodd\", error=\"invalid_token\"";
-        Self::new(StatusCode::UNAUTHORIZED, "the token is not valid").with(
-            header::WWW_AUTHENTICATE,
-            HeaderValue::from_static(challenge),
-        )
+        Self::new(StatusCode::UNAUTHORIZED, "the token is not valid")
+            .with(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge))
     }
 
     /// 404.
@@ -62,14 +50,8 @@ impl Problem {
 
     /// 405: everything here is for reading.
     pub fn method_not_allowed() -> Self {
-        Self::new(
-            StatusCode::METHOD_NOT_ALLOWED,
-            "only GET and HEAD are allowed",
-        )
-        .with(
-            header::ALLOW,
-            HeaderValue::from_static("GET, HEAD, OPTIONS"),
-        )
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are allowed")
+            .with(header::ALLOW, HeaderValue::from_static("GET, HEAD, OPTIONS"))
     }
 
     /// 429: more is asked for than is good for the broker; when to try again.
@@ -102,10 +84,7 @@ impl From<Problem> for Response {
         let mut response = Self::new(format!("{body}\n").into());
         *response.status_mut() = problem.status;
         let headers = response.headers_mut();
-        headers.insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/problem+json"),
-        );
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         headers.extend(problem.header);
         response

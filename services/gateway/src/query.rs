@@ -22,10 +22,7 @@ impl Query {
     pub fn parse(query: &str) -> Result<Self, Problem> {
         let given = serde_urlencoded::from_str(query)
             .map_err(|e| Problem::bad_request(format!("the query cannot be read: {e}")))?;
-        Ok(Self {
-            given,
-            known: Vec::new(),
-        })
+        Ok(Self { given, known: Vec::new() })
     }
 
     /// Takes a parameter.
@@ -39,9 +36,7 @@ impl Query {
         };
         let (_, value) = self.given.remove(at);
         if self.given.iter().any(|(given, _)| given == name) {
-            return Err(Problem::bad_request(format!(
-                "{name} is given more than once"
-            )));
+            return Err(Problem::bad_request(format!("{name} is given more than once")));
         }
         Ok(Some(value))
     }
@@ -97,9 +92,7 @@ impl Query {
             [] => "this takes none".to_owned(),
             known => format!("there is {}", known.join(", ")),
         };
-        Err(Problem::bad_request(format!(
-            "there is no parameter {name:?}: {there}"
-        )))
+        Err(Problem::bad_request(format!("there is no parameter {name:?}: {there}")))
     }
 }
 
@@ -143,12 +136,7 @@ mod tests {
             let time = Query::parse(text).unwrap().time("from").unwrap().unwrap();
             assert_eq!(time.unix_timestamp(), 1_769_860_800, "{text}");
         }
-        for text in [
-            "from=",
-            "from=yesterday",
-            "from=2026-01-31",
-            "from=2026-02-30T00:00:00Z",
-        ] {
+        for text in ["from=", "from=yesterday", "from=2026-01-31", "from=2026-02-30T00:00:00Z"] {
             assert!(Query::parse(text).unwrap().time("from").is_err(), "{text}");
         }
     }

@@ -47,12 +47,7 @@ impl Reader {
     /// If the connection was closed.
     pub async fn new(client: Client, state: Arc<State>) -> anyhow::Result<Self> {
         let nudges = client.subscribe(subjects::PUBLISHED).await?;
-        Ok(Self {
-            client,
-            state,
-            nudges,
-            fault: String::new(),
-        })
+        Ok(Self { client, state, nudges, fault: String::new() })
     }
 
     /// Follows the stream for ever. What goes wrong is logged once, and tried again.

@@ -153,15 +153,12 @@ impl Replicas {
 
     /// Writes the list down. Until the first answers had time to come there is none.
     fn render(&mut self) {
-        self.known
-            .retain(|_, replica| replica.heard.elapsed() < GONE);
+        self.known.retain(|_, replica| replica.heard.elapsed() < GONE);
         if self.known.is_empty() {
             return;
         }
         let body = serde_json::to_string(&Body {
-            as_of: OffsetDateTime::now_utc()
-                .format(&Rfc3339)
-                .unwrap_or_default(),
+            as_of: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
             latest_tick: self.latest_tick.as_ref(),
             replicas: self.known.values().collect(),
         });

@@ -43,18 +43,9 @@ const HEADERS: [(HeaderName, HeaderValue); 5] = [
         header::CONTENT_SECURITY_POLICY,
         HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'"),
     ),
-    (
-        header::X_CONTENT_TYPE_OPTIONS,
-        HeaderValue::from_static("nosniff"),
-    ),
-    (
-        header::REFERRER_POLICY,
-        HeaderValue::from_static("no-referrer"),
-    ),
-    (
-        header::ACCESS_CONTROL_ALLOW_ORIGIN,
-        HeaderValue::from_static("*"),
-    ),
+    (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+    (header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
+    (header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*")),
     (
         header::ACCESS_CONTROL_EXPOSE_HEADERS,
         HeaderValue::from_static("Age, ETag, Link, Retry-After"),
@@ -91,12 +82,7 @@ pub fn all(gateway: Arc<Gateway>) -> BoxedFilter<(Response,)> {
         .and(query)
         .and(warp::header::headers_cloned())
         .then(move |method, path, query, headers| {
-            let ask = Ask {
-                method,
-                path,
-                query,
-                headers,
-            };
+            let ask = Ask { method, path, query, headers };
             let gateway = gateway.clone();
             async move { respond(&gateway, &ask).await }
         })
@@ -150,9 +136,7 @@ async fn dispatch(gateway: &Arc<Gateway>, ask: &Ask) -> Answer {
         "/replicas" => replicas(gateway, ask),
         _ => match path.strip_prefix("/numbers/") {
             Some(seq) => number(gateway, ask, seq).await,
-            None => Err(Problem::not_found(format!(
-                "there is nothing at {path}; see /docs"
-            ))),
+            None => Err(Problem::not_found(format!("there is nothing at {path}; see /docs"))),
         },
     }
 }
@@ -178,14 +162,9 @@ async fn numbers(gateway: &Gateway, ask: &Ask) -> Answer {
     let mut query = ask.query()?;
     let limit = query.number("limit", 1..=LAST as u64)?;
     query.end()?;
-    let limit = limit
-        .and_then(|limit| limit.try_into().ok())
-        .unwrap_or(LAST);
+    let limit = limit.and_then(|limit| limit.try_into().ok()).unwrap_or(LAST);
     let mut snapshot = gateway.snapshot()?;
-    let seen = ask
-        .headers
-        .get(header::IF_NONE_MATCH)
-        .and_then(|value| value.to_str().ok());
+    let seen = ask.headers.get(header::IF_NONE_MATCH).and_then(|value| value.to_str().ok());
     if let Some(seq) = seen.and_then(|seen| seen_sequence(&snapshot, seen))
         && seq > snapshot.last_seq
     {
@@ -205,9 +184,7 @@ async fn numbers(gateway: &Gateway, ask: &Ask) -> Answer {
         }
         response
     };
-    response
-        .headers_mut()
-        .insert(header::ETAG, snapshot.etag.clone());
+    response.headers_mut().insert(header::ETAG, snapshot.etag.clone());
     set(&mut response, header::CACHE_CONTROL, "no-cache");
     set(&mut response, header::VARY, "Accept, Accept-Encoding");
     Ok(aged(response, gateway.state.age()))
@@ -233,10 +210,7 @@ fn seen_sequence(snapshot: &Snapshot, seen: &str) -> Option<u64> {
 async fn number(gateway: &Gateway, ask: &Ask, seq: &str) -> Answer {
     ask.query()?.end()?;
     let seq = digits(seq).filter(|seq| *seq > 0).ok_or_else(|| {
-        Problem::bad_request(format!(
-            "a sequence is a number from 1 to {}, not {seq:?}",
-            u64::MAX
-        ))
+        Problem::bad_request(format!("a sequence is a number from 1 to {}, not {seq:?}", u64::MAX))
     })?;
     let snapshot = gateway.snapshot_near(seq).await?;
     let last_seq = snapshot.last_seq;
@@ -244,21 +218,11 @@ async fn number(gateway: &Gateway, ask: &Ask, seq: &str) -> Answer {
         let detail = format!("nothing was published as {seq} yet; the last sequence is {last_seq}");
         return Err(Problem::not_found(detail));
     }
-    let page = gateway
-        .history
-        .page(&snapshot, Position::After(seq - 1), 1)
-        .await?;
-    let number = page
-        .numbers
-        .first()
-        .filter(|number| number.seq == seq)
-        .ok_or_else(|| {
-            Problem::not_found(format!("what was stored as {seq} is not a valid number"))
-        })?;
-    Ok(aged(
-        answer(Format::Lines.all([number]).into(), JSON),
-        gateway.state.age(),
-    ))
+    let page = gateway.history.page(&snapshot, Position::After(seq - 1), 1).await?;
+    let number = page.numbers.first().filter(|number| number.seq == seq).ok_or_else(|| {
+        Problem::not_found(format!("what was stored as {seq} is not a valid number"))
+    })?;
+    Ok(aged(answer(Format::Lines.all([number]).into(), JSON), gateway.state.age()))
 }
 
 /// `after` or `from` of a query; by default the beginning.
@@ -305,10 +269,7 @@ async fn export(gateway: &Gateway, ask: &Ask, format: Format) -> Answer {
     let mut response = if ask.is_head() {
         Response::default()
     } else {
-        let history = gateway
-            .history
-            .export(&snapshot, position, until, format)
-            .await?;
+        let history = gateway.history.export(&snapshot, position, until, format).await?;
         warp::reply::stream(history).into_response()
     };
     set(&mut response, header::CONTENT_TYPE, content_type);
@@ -336,41 +297,24 @@ fn live(gateway: &Arc<Gateway>, ask: &Ask) -> Answer {
             Some(id.ok_or_else(wrong)?)
         }
     };
-    let wish = Wish {
-        after: last_event.or(after),
-        stream,
-    };
-    let format = if prefers(&ask.headers, LINES, EVENTS) {
-        Format::Lines
-    } else {
-        Format::Events
-    };
+    let wish = Wish { after: last_event.or(after), stream };
+    let format = if prefers(&ask.headers, LINES, EVENTS) { Format::Lines } else { Format::Events };
     let snapshot = gateway.snapshot()?;
-    let permit = gateway
-        .event_streams
-        .clone()
-        .try_acquire_owned()
-        .map_err(|_| {
-            Problem::unavailable("as many event streams are open as this gateway allows")
-        })?;
+    let permit = gateway.event_streams.clone().try_acquire_owned().map_err(|_| {
+        Problem::unavailable("as many event streams are open as this gateway allows")
+    })?;
     let mut response = if ask.is_head() {
         Response::default()
     } else {
         let feed = Feed::new(gateway.clone(), &snapshot, wish, format, ends, permit);
         warp::reply::stream(feed.stream()).into_response()
     };
-    let content_type = if format == Format::Events {
-        EVENTS
-    } else {
-        LINES
-    };
+    let content_type = if format == Format::Events { EVENTS } else { LINES };
     set(&mut response, header::CONTENT_TYPE, content_type);
     set(&mut response, header::CACHE_CONTROL, "no-store");
     set(&mut response, header::VARY, "Accept");
     // A proxy that buffers makes a live feed a late one.
-    response
-        .headers_mut()
-        .insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
     Ok(response)
 }
 
@@ -395,9 +339,7 @@ fn readyz(gateway: &Gateway, ask: &Ask) -> Answer {
     if !gateway.state.is_current() {
         return Err(Problem::unavailable("the history does not answer"));
     }
-    Ok(json_answer(
-        &json!({ "status": "ready", "last_seq": snapshot.last_seq }),
-    ))
+    Ok(json_answer(&json!({ "status": "ready", "last_seq": snapshot.last_seq })))
 }
 
 /// What scripts of other origins may do, and for how long a browser may remember it.
@@ -405,11 +347,7 @@ fn options() -> Response {
     let mut response = Response::default();
     *response.status_mut() = StatusCode::NO_CONTENT;
     set(&mut response, header::ALLOW, "GET, HEAD, OPTIONS");
-    set(
-        &mut response,
-        header::ACCESS_CONTROL_ALLOW_METHODS,
-        "GET, HEAD",
-    );
+    set(&mut response, header::ACCESS_CONTROL_ALLOW_METHODS, "GET, HEAD");
     let allowed = "Authorization, If-None-Match, Last-Event-ID";
     set(&mut response, header::ACCESS_CONTROL_ALLOW_HEADERS, allowed);
     set(&mut response, header::ACCESS_CONTROL_MAX_AGE, "86400");
@@ -436,9 +374,7 @@ fn json_answer(value: &impl Serialize) -> Response {
 }
 
 fn set(response: &mut Response, name: HeaderName, value: &'static str) {
-    response
-        .headers_mut()
-        .insert(name, HeaderValue::from_static(value));
+    response.headers_mut().insert(name, HeaderValue::from_static(value));
 }
 
 impl Gateway {
@@ -469,9 +405,7 @@ impl Gateway {
 /// section 5.1).
 fn aged(mut response: Response, age: Duration) -> Response {
     if age >= STALE {
-        response
-            .headers_mut()
-            .insert(header::AGE, age.as_secs().into());
+        response.headers_mut().insert(header::AGE, age.as_secs().into());
     }
     response
 }

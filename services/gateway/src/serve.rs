@@ -133,10 +133,7 @@ pub async fn serve(
     }
     drop(listener);
     let still_open = open.count();
-    if tokio::time::timeout(bounds.drain, open.shutdown())
-        .await
-        .is_err()
-    {
+    if tokio::time::timeout(bounds.drain, open.shutdown()).await.is_err() {
         warn!(still_open, "connections were cut at the end of the drain");
     }
 }

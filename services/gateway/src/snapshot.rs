@@ -242,10 +242,7 @@ impl Rendered {
             format.write(number, &mut all);
             ends.push(all.len());
         }
-        Self {
-            all: all.into(),
-            ends,
-        }
+        Self { all: all.into(), ends }
     }
 
     /// Where the first `count` of them end.
@@ -366,10 +363,7 @@ mod tests {
             let body: Value = serde_json::from_slice(&json(&snapshot, limit)).unwrap();
             assert_eq!(body["numbers"].as_array().unwrap().len(), limit.min(60));
             assert_eq!(body["count"], limit.min(60));
-            assert_eq!(
-                snapshot.text(limit).split(|&b| b == b'\n').count() - 1,
-                limit.min(60)
-            );
+            assert_eq!(snapshot.text(limit).split(|&b| b == b'\n').count() - 1, limit.min(60));
         }
     }
 
@@ -393,11 +387,7 @@ mod tests {
             let seqs: Vec<u64> = feed
                 .split(|&byte| byte == b'\n')
                 .filter(|line| !line.is_empty())
-                .map(|line| {
-                    serde_json::from_slice::<Value>(line).unwrap()["seq"]
-                        .as_u64()
-                        .unwrap()
-                })
+                .map(|line| serde_json::from_slice::<Value>(line).unwrap()["seq"].as_u64().unwrap())
                 .collect();
             assert_eq!(seqs, (seq + 1..=250).collect::<Vec<_>>());
             assert_eq!(snapshot.numbers_after(seq).unwrap().len(), seqs.len());

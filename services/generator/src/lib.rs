@@ -120,15 +120,9 @@ mod tests {
             // Chi-squared with n - 1 degrees of freedom: mean n - 1, variance 2(n - 1). Seven
             // standard deviations are exceeded once in 10^9 runs or so.
             let each = f64::from(EACH);
-            let chi: f64 = seen
-                .values()
-                .map(|&n| (f64::from(n) - each).powi(2) / each)
-                .sum();
+            let chi: f64 = seen.values().map(|&n| (f64::from(n) - each).powi(2) / each).sum();
             let freedom = f64::from(count - 1);
-            assert!(
-                (chi - freedom).abs() < 7.0 * (2.0 * freedom).sqrt(),
-                "{parity}: {chi}"
-            );
+            assert!((chi - freedom).abs() < 7.0 * (2.0 * freedom).sqrt(), "{parity}: {chi}");
         }
     }
 }

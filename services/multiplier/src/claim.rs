@@ -68,10 +68,7 @@ impl Claims {
 
     /// Whether this replica is to do the tick of this slot.
     pub async fn take(&mut self, slot: Slot) -> bool {
-        let claim = Claim {
-            slot,
-            multiplier: self.id.clone(),
-        };
+        let claim = Claim { slot, multiplier: self.id.clone() };
         let (client, times) = (self.client.clone(), self.times);
         let mut verdicts = FuturesUnordered::from_iter([
             first_claim(&client, &claim, times).boxed(),
@@ -177,15 +174,12 @@ async fn first_claim(client: &Client, claim: &Claim, times: Times) -> Result<boo
 /// `duplicate` looks whose claim it is that was stored.
 async fn second_claim(client: &Client, claim: &Claim, times: Times) -> Result<bool, String> {
     tokio::time::sleep(times.patience).await;
-    let ack = publish(client, claim, times.slot)
-        .await
-        .map_err(|error| error.to_string())?;
+    let ack = publish(client, claim, times.slot).await.map_err(|error| error.to_string())?;
     if !ack.duplicate {
         return Ok(true);
     }
-    let stored = history::read(client, TICKS, ack.sequence, 1)
-        .await
-        .map_err(|error| error.to_string())?;
+    let stored =
+        history::read(client, TICKS, ack.sequence, 1).await.map_err(|error| error.to_string())?;
     match stored.first() {
         Some(entry) if entry.sequence == ack.sequence => match Claim::decode(&entry.payload) {
             Ok(owner) => Ok(owner == *claim),

@@ -71,13 +71,7 @@ impl Service for Settings {
         info!(id = micro.id, "ticking");
 
         let flushing = client.clone();
-        let ticker = Ticker {
-            client,
-            slot_length: self.slot_ms,
-            micro,
-            claims,
-            outbox,
-        };
+        let ticker = Ticker { client, slot_length: self.slot_ms, micro, claims, outbox };
         let stopping = tokio::spawn({
             let shutdown = shutdown.clone();
             async move {
@@ -119,9 +113,7 @@ async fn publish(client: Client, due: Due) -> Result<jetstream::Ack, PublishErro
 /// The time since the Unix epoch, by this machine's clock.
 fn unix_time() -> Duration {
     // Before 1970 there are no slots; a clock that says so is as good as one that stands still.
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// The loop over the slots.
@@ -201,11 +193,7 @@ impl Ticker {
             outcome,
         };
         debug!(?done, "tick");
-        if let Err(error) = self
-            .client
-            .publish(subjects::DONE, done.encode().into())
-            .await
-        {
+        if let Err(error) = self.client.publish(subjects::DONE, done.encode().into()).await {
             debug!(%error, "the record of the tick could not be sent");
         }
     }
@@ -213,12 +201,8 @@ impl Ticker {
     /// Hands a product to the outbox, and waits for the outcome while the slot lasts.
     async fn publish(&self, slot: Slot, product: Product) -> Outcome {
         let since = self.slot_length.start_of(slot);
-        let receipt = self.outbox.push(Due {
-            slot,
-            product,
-            since,
-            pushed: tokio::time::Instant::now(),
-        });
+        let receipt =
+            self.outbox.push(Due { slot, product, since, pushed: tokio::time::Instant::now() });
         let end = self.slot_length.start_of(slot.next());
         let left = end.saturating_sub(unix_time() + self.slot_length.duration() / 20);
         match tokio::time::timeout(left, receipt).await {

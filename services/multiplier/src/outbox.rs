@@ -110,11 +110,7 @@ where
                 }
                 // After a failure the duplicate is most likely this very product.
                 let duplicate = ack.duplicate && failures == 0;
-                return Some(if duplicate {
-                    Outcome::Duplicate
-                } else {
-                    Outcome::Published
-                });
+                return Some(if duplicate { Outcome::Duplicate } else { Outcome::Published });
             }
             Err(error) => error,
         };
@@ -152,14 +148,8 @@ mod tests {
         }
     }
 
-    const STORED: Ack = Ack {
-        sequence: 1,
-        duplicate: false,
-    };
-    const DUPLICATE: Ack = Ack {
-        sequence: 1,
-        duplicate: true,
-    };
+    const STORED: Ack = Ack { sequence: 1, duplicate: false };
+    const DUPLICATE: Ack = Ack { sequence: 1, duplicate: true };
 
     type Attempts = Arc<Mutex<Vec<(u64, Duration)>>>;
 
@@ -214,18 +204,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn gives_up_before_a_retry_could_store_twice() {
         let (outbox, task, attempts) = outbox(|slot| {
-            if slot == Slot(1) {
-                Err(PublishError::Refused("full".into()))
-            } else {
-                Ok(STORED)
-            }
+            if slot == Slot(1) { Err(PublishError::Refused("full".into())) } else { Ok(STORED) }
         });
         let first = outbox.push(due(1));
-        let second = outbox.push(Due {
-            since: MAX_AGE,
-            pushed: Instant::now() + MAX_AGE,
-            ..due(2)
-        });
+        let second =
+            outbox.push(Due { since: MAX_AGE, pushed: Instant::now() + MAX_AGE, ..due(2) });
         drop(outbox);
         task.await.unwrap();
         assert!(first.await.is_err());

@@ -145,10 +145,8 @@ async fn ask_once(
     let timed_out = |_| ReadError::TimedOut { stream };
     let inbox = client.new_inbox();
     let open = async {
-        let answers = client
-            .subscribe(inbox.clone())
-            .await
-            .map_err(|e| unexpected(e.to_string()))?;
+        let answers =
+            client.subscribe(inbox.clone()).await.map_err(|e| unexpected(e.to_string()))?;
         let subject = format!("$JS.API.DIRECT.GET.{stream}");
         client
             .publish_with_reply(subject, inbox, request)
@@ -156,9 +154,7 @@ async fn ask_once(
             .map_err(|e| unexpected(e.to_string()))?;
         Ok(answers)
     };
-    let mut answers = tokio::time::timeout(PATIENCE, open)
-        .await
-        .map_err(timed_out)??;
+    let mut answers = tokio::time::timeout(PATIENCE, open).await.map_err(timed_out)??;
     let mut entries = Vec::new();
     loop {
         let message = tokio::time::timeout(PATIENCE, answers.next())
@@ -182,9 +178,8 @@ async fn ask_once(
 
 fn entry(message: Message) -> Result<Entry, String> {
     let headers = message.headers.unwrap_or_default();
-    let sequence = header(&headers, NATS_SEQUENCE)?
-        .parse()
-        .map_err(|e| format!("{NATS_SEQUENCE}: {e}"))?;
+    let sequence =
+        header(&headers, NATS_SEQUENCE)?.parse().map_err(|e| format!("{NATS_SEQUENCE}: {e}"))?;
     let time = OffsetDateTime::parse(header(&headers, NATS_TIME_STAMP)?, &Rfc3339)
         .map_err(|e| format!("{NATS_TIME_STAMP}: {e}"))?;
     Ok(Entry {

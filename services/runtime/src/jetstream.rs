@@ -62,9 +62,7 @@ pub async fn publish(
 ) -> Result<Ack, PublishError> {
     let mut headers = HeaderMap::new();
     headers.insert(NATS_MESSAGE_ID, slot.to_string());
-    let request = connection::request(client)
-        .headers(headers)
-        .payload(payload);
+    let request = connection::request(client).headers(headers).payload(payload);
     // The time-out covers the hand-over to the connection as well as the wait for the answer.
     let answer = tokio::time::timeout(timeout, client.send_request(subject, request))
         .await
@@ -74,20 +72,11 @@ pub async fn publish(
             _ => PublishError::Other(e.to_string()),
         })?;
     match serde_json::from_slice(&answer.payload) {
-        Ok(Response::Ok(PublishAck {
-            sequence,
-            duplicate,
-            ..
-        })) => Ok(Ack {
-            sequence,
-            duplicate,
-        }),
+        Ok(Response::Ok(PublishAck { sequence, duplicate, .. })) => Ok(Ack { sequence, duplicate }),
         Ok(Response::Err { error }) if error.error_code().0 == ERROR_IN_PROCESS => {
             Err(PublishError::InProcess)
         }
         Ok(Response::Err { error }) => Err(PublishError::Refused(error.to_string())),
-        Err(e) => Err(PublishError::Other(format!(
-            "the answer is no acknowledgement: {e}"
-        ))),
+        Err(e) => Err(PublishError::Other(format!("the answer is no acknowledgement: {e}"))),
     }
 }

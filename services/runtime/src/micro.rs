@@ -67,11 +67,7 @@ pub async fn announce(client: &Client, about: Description) -> anyhow::Result<Mic
     let started = OffsetDateTime::now_utc().format(&Rfc3339)?;
     let mut questions = Vec::with_capacity(9);
     for verb in ["PING", "INFO", "STATS"] {
-        for whom in [
-            "",
-            &format!(".{}", about.name),
-            &format!(".{}.{id}", about.name),
-        ] {
+        for whom in ["", &format!(".{}", about.name), &format!(".{}.{id}", about.name)] {
             questions.push(client.subscribe(format!("$SRV.{verb}{whom}")).await?);
         }
     }
@@ -89,11 +85,7 @@ pub async fn announce(client: &Client, about: Description) -> anyhow::Result<Mic
             }
         }
     });
-    Ok(Micro {
-        id,
-        counters,
-        _answers: AbortOnDropHandle::new(answers),
-    })
+    Ok(Micro { id, counters, _answers: AbortOnDropHandle::new(answers) })
 }
 
 fn answer(
@@ -183,10 +175,7 @@ impl Requests {
     pub async fn leave(&mut self, limit: Duration) {
         self.leaving_until = Some(Instant::now() + limit);
         // This fails when the connection was closed; then there is nothing to leave.
-        let _ = self
-            .subscriber
-            .unsubscribe_after(self.taken + LEAVING_REQUESTS)
-            .await;
+        let _ = self.subscriber.unsubscribe_after(self.taken + LEAVING_REQUESTS).await;
     }
 
     /// After the connection was lost and made again.

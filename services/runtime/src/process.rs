@@ -28,10 +28,7 @@ pub fn main<S: Service>() -> ExitCode {
     let service = settings::parse::<S>();
     let common = service.common().clone();
     telemetry::start(&common.log, "info,async_nats=warn");
-    let runtime = match tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-    {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
             error!("cannot start the runtime: {e}");

@@ -167,10 +167,7 @@ fn try_parse<T: FromArgMatches>(mut command: Command, args: &[OsString]) -> Resu
 fn first_paragraph(error: &clap::Error) -> String {
     let text = error.to_string();
     let fault = text.split("\n\nUsage:").next().unwrap_or(&text);
-    let fault = fault
-        .split("\n\nFor more information")
-        .next()
-        .unwrap_or(fault);
+    let fault = fault.split("\n\nFor more information").next().unwrap_or(fault);
     fault.trim_start_matches("error: ").trim_end().to_owned()
 }
 
@@ -184,10 +181,7 @@ fn faulty_argument(error: &clap::Error) -> Option<String> {
 
 fn accept_anything(command: Command, flag: &str) -> Option<Command> {
     fn relax(command: Command, flag: &str) -> Command {
-        let names: Vec<_> = command
-            .get_subcommands()
-            .map(|c| c.get_name().to_owned())
-            .collect();
+        let names: Vec<_> = command.get_subcommands().map(|c| c.get_name().to_owned()).collect();
         let ids: Vec<_> = command
             .get_arguments()
             .filter(|a| a.get_long().is_some_and(|long| flag == format!("--{long}")))
@@ -195,13 +189,12 @@ fn accept_anything(command: Command, flag: &str) -> Option<Command> {
             .collect();
         let command = ids.into_iter().fold(command, |command, id| {
             command.mut_arg(id, |arg| {
-                arg.value_parser(ValueParser::os_string())
-                    .default_value(None::<&str>)
+                arg.value_parser(ValueParser::os_string()).default_value(None::<&str>)
             })
         });
-        names.into_iter().fold(command, |command, name| {
-            command.mut_subcommand(name, |sub| relax(sub, flag))
-        })
+        names
+            .into_iter()
+            .fold(command, |command, name| command.mut_subcommand(name, |sub| relax(sub, flag)))
     }
     flag.starts_with("--").then(|| relax(command, flag))
 }
@@ -244,19 +237,9 @@ mod tests {
         let faults =
             faults("x --drain-ms 1 --log a=b=c --log-format xml --needed 300 --colour --nats :");
         for (fault, flag) in faults.iter().zip(0..) {
-            assert!(
-                !fault.contains('\n') || fault.contains("possible values"),
-                "{flag}: {fault}"
-            );
+            assert!(!fault.contains('\n') || fault.contains("possible values"), "{flag}: {fault}");
         }
-        for flag in [
-            "--drain-ms",
-            "--log ",
-            "--log-format",
-            "--needed",
-            "--colour",
-            "--nats",
-        ] {
+        for flag in ["--drain-ms", "--log ", "--log-format", "--needed", "--colour", "--nats"] {
             assert_eq!(
                 faults.iter().filter(|f| f.contains(flag)).count(),
                 1,

@@ -46,19 +46,12 @@ async fn with_token(address: &str, path: &str, token: &str) -> u16 {
 async fn with_a_key_every_number_needs_a_token() {
     let pipeline = Pipeline::new().await;
     let key = file(&pipeline.scratch, "key", &format!("{SECRET}\n"));
-    let (mut gateway, address) = pipeline
-        .gateway_with(&["--jwt-key", &key, "--log", "debug"])
-        .await;
+    let (mut gateway, address) =
+        pipeline.gateway_with(&["--jwt-key", &key, "--log", "debug"]).await;
     pipeline.publish(1).await;
-    eventually("ready", async || {
-        get(&address, "/readyz", &[]).await.status == 200
-    })
-    .await;
+    eventually("ready", async || get(&address, "/readyz", &[]).await.status == 200).await;
     assert_eq!(get(&address, "/healthz", &[]).await.status, 200);
-    assert_eq!(
-        request(&address, "OPTIONS", "/numbers", &[]).await.status,
-        204
-    );
+    assert_eq!(request(&address, "OPTIONS", "/numbers", &[]).await.status, 204);
     for open in ["/", "/page.js", "/docs", "/openapi.json"] {
         assert_eq!(get(&address, open, &[]).await.status, 200, "{open}");
     }
@@ -71,27 +64,15 @@ async fn with_a_key_every_number_needs_a_token() {
     for path in GUARDED {
         let without = get(&address, path, &[]).await;
         assert_eq!(without.status, 401, "{path}");
-        assert_eq!(
-            without.header("www-authenticate"),
-            Some("Bearer realm=\"evenodd\"")
-        );
+        assert_eq!(without.header("www-authenticate"), Some("Bearer realm=\"evenodd\""));
         assert_eq!(with_token(&address, path, &good).await, 200, "{path}");
         // In the query for the live feed alone.
         let in_query = format!("{path}?access_token={good}");
         let expected = if path == "/numbers/live" { 200 } else { 401 };
-        assert_eq!(
-            Lines::open(&address, &in_query, &[]).await.status,
-            expected,
-            "{path}"
-        );
+        assert_eq!(Lines::open(&address, &in_query, &[]).await.status, expected, "{path}");
     }
     let wrong = get(&address, "/numbers", &["Authorization: Bearer nonsense"]).await;
-    assert!(
-        wrong
-            .header("www-authenticate")
-            .unwrap()
-            .ends_with("error=\"invalid_token\"")
-    );
+    assert!(wrong.header("www-authenticate").unwrap().ends_with("error=\"invalid_token\""));
     let basic = get(&address, "/numbers", &["Authorization: Basic eDp5"]).await;
     assert_eq!(basic.status, 401);
     gateway.wait_for("path=\"/numbers/live\" status=200").await;
@@ -122,11 +103,7 @@ async fn every_kind_of_key() {
     });
     let for_encryption =
         json!({ "kty": "RSA", "kid": "e", "use": "enc", "n": "AQAB", "e": "AQAB" });
-    file(
-        scratch,
-        "set",
-        &json!({ "keys": [for_encryption, secret_jwk] }).to_string(),
-    );
+    file(scratch, "set", &json!({ "keys": [for_encryption, secret_jwk] }).to_string());
     let kinds = [
         ("secret", "secret"),
         ("rsa", "rsa.pub"),
@@ -140,19 +117,12 @@ async fn every_kind_of_key() {
     }
     for (at, (_, public)) in kinds.iter().enumerate() {
         let (gateway, address) = pipeline.gateway_with(&["--jwt-key", &path(public)]).await;
-        eventually("ready", async || {
-            get(&address, "/readyz", &[]).await.status == 200
-        })
-        .await;
+        eventually("ready", async || get(&address, "/readyz", &[]).await.status == 200).await;
         for (of, token) in tokens.iter().enumerate() {
             // The secret and the set with it are the same key.
             let same = at == of || [at, of] == [0, 4] || [at, of] == [4, 0];
             let expected = if same { 200 } else { 401 };
-            assert_eq!(
-                with_token(&address, "/numbers", token).await,
-                expected,
-                "{public}: {of}"
-            );
+            assert_eq!(with_token(&address, "/numbers", token).await, expected, "{public}: {of}");
         }
         drop(gateway);
     }
@@ -169,9 +139,7 @@ async fn every_kind_of_key() {
         ],
     )
     .await;
-    let (_gateway, address) = pipeline
-        .gateway_with(&["--jwt-key", &path("rsa.pub")])
-        .await;
+    let (_gateway, address) = pipeline.gateway_with(&["--jwt-key", &path("rsa.pub")]).await;
     assert_eq!(with_token(&address, "/numbers", &confused).await, 401);
 
     for (name, hint) in [
@@ -179,15 +147,9 @@ async fn every_kind_of_key() {
         ("p384.pub", "P-256"),
         ("absent", "No such file"),
         (&*file(scratch, "short", "secret"), "32 bytes"),
-        (
-            &*file(scratch, "none", r#"{"keys":[]}"#),
-            "none of its keys",
-        ),
+        (&*file(scratch, "none", r#"{"keys":[]}"#), "none of its keys"),
         (&*file(scratch, "json", "{"), "no JWKS"),
-        (
-            &*file(scratch, "pem", "-----BEGIN PUBLIC KEY-----\nx\n"),
-            "no public key",
-        ),
+        (&*file(scratch, "pem", "-----BEGIN PUBLIC KEY-----\nx\n"), "no public key"),
     ] {
         let key = scratch.path(name);
         let args = ["--jwt-key", key.to_str().unwrap(), "--http", "127.0.0.1:0"];
@@ -205,29 +167,13 @@ async fn every_kind_of_key() {
 async fn claims_are_checked() {
     let pipeline = Pipeline::new().await;
     let key = file(&pipeline.scratch, "key", SECRET);
-    let args = [
-        "--jwt-key",
-        &key,
-        "--jwt-audience",
-        "readers",
-        "--jwt-issuer",
-        "us",
-    ];
+    let args = ["--jwt-key", &key, "--jwt-audience", "readers", "--jwt-issuer", "us"];
     let (_gateway, address) = pipeline.gateway_with(&args).await;
-    eventually("ready", async || {
-        get(&address, "/readyz", &[]).await.status == 200
-    })
-    .await;
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap()
-        .as_secs();
+    eventually("ready", async || get(&address, "/readyz", &[]).await.status == 200).await;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let good = json!({ "exp": now + 60, "aud": "readers", "iss": "us" });
     let sign = |algorithm: &str, claims: &Value| hs256(algorithm, claims);
-    assert_eq!(
-        with_token(&address, "/numbers", &sign("HS256", &good)).await,
-        200
-    );
+    assert_eq!(with_token(&address, "/numbers", &sign("HS256", &good)).await, 200);
     let changed = |name: &str, value: Value| {
         let mut claims = good.clone();
         claims[name] = value;
@@ -242,29 +188,16 @@ async fn claims_are_checked() {
         ("for nobody", changed("aud", Value::Null)),
         ("by others", changed("iss", "them".into())),
     ] {
-        assert_eq!(
-            with_token(&address, "/numbers", &sign("HS256", &claims)).await,
-            401,
-            "{what}"
-        );
+        assert_eq!(with_token(&address, "/numbers", &sign("HS256", &claims)).await, 401, "{what}");
     }
     // A little late, and for several.
     let claims = changed("exp", (now - 3).into());
-    assert_eq!(
-        with_token(&address, "/numbers", &sign("HS256", &claims)).await,
-        200
-    );
+    assert_eq!(with_token(&address, "/numbers", &sign("HS256", &claims)).await, 200);
     let claims = changed("aud", json!(["writers", "readers"]));
-    assert_eq!(
-        with_token(&address, "/numbers", &sign("HS256", &claims)).await,
-        200
-    );
+    assert_eq!(with_token(&address, "/numbers", &sign("HS256", &claims)).await, 200);
     // Another algorithm than the key's, and none.
     for algorithm in ["HS384", "none", "RS256"] {
-        assert_eq!(
-            with_token(&address, "/numbers", &sign(algorithm, &good)).await,
-            401
-        );
+        assert_eq!(with_token(&address, "/numbers", &sign(algorithm, &good)).await, 401);
     }
     let mut forged = sign("HS256", &good);
     forged.truncate(forged.rfind('.').unwrap() + 1);
@@ -279,11 +212,7 @@ fn hs256(algorithm: &str, claims: &Value) -> String {
     if algorithm == "HS256" {
         return honest;
     }
-    let header = base64(
-        json!({ "alg": algorithm, "typ": "JWT" })
-            .to_string()
-            .as_bytes(),
-    );
+    let header = base64(json!({ "alg": algorithm, "typ": "JWT" }).to_string().as_bytes());
     let message = format!("{header}.{}", honest.split('.').nth(1).unwrap());
     let signature = crypto::sign(message.as_bytes(), &key, Algorithm::HS256).unwrap();
     format!("{message}.{signature}")
@@ -301,10 +230,7 @@ async fn the_key_is_replaced_without_a_restart() {
     let key = file(scratch, "key", SECRET);
     let old = token(scratch, &["--key", &key]).await;
     let (mut gateway, address) = pipeline.gateway_with(&["--jwt-key", &key]).await;
-    eventually("ready", async || {
-        get(&address, "/readyz", &[]).await.status == 200
-    })
-    .await;
+    eventually("ready", async || get(&address, "/readyz", &[]).await.status == 200).await;
     assert_eq!(with_token(&address, "/numbers", &old).await, 200);
     // One that cannot be used changes nothing.
     fs::write(&key, "short").unwrap();
@@ -325,10 +251,7 @@ async fn a_feed_ends_with_its_token() {
     let pipeline = Pipeline::new().await;
     let key = file(&pipeline.scratch, "key", SECRET);
     let (_gateway, address) = pipeline.gateway_with(&["--jwt-key", &key]).await;
-    eventually("ready", async || {
-        get(&address, "/readyz", &[]).await.status == 200
-    })
-    .await;
+    eventually("ready", async || get(&address, "/readyz", &[]).await.status == 200).await;
     let short = token(&pipeline.scratch, &["--key", &key, "--valid-s", "1"]).await;
     let path = format!("/numbers/live?access_token={short}");
     let mut live = Lines::open(&address, &path, &[]).await;
@@ -348,10 +271,7 @@ async fn a_feed_that_is_behind_ends_with_its_token() {
     }
     let key = file(&pipeline.scratch, "key", SECRET);
     let (_gateway, address) = pipeline.gateway_with(&["--jwt-key", &key]).await;
-    eventually("ready", async || {
-        get(&address, "/readyz", &[]).await.status == 200
-    })
-    .await;
+    eventually("ready", async || get(&address, "/readyz", &[]).await.status == 200).await;
     let short = token(&pipeline.scratch, &["--key", &key, "--valid-s", "1"]).await;
     let mut stream = TcpStream::connect(&address).await.unwrap();
     SockRef::from(&stream).set_recv_buffer_size(4096).unwrap();

@@ -35,28 +35,18 @@ async fn what_is_answered_is_described() {
         for query in ["", "?limit=5", "?nonsense=1"] {
             let asked = path.replace("{seq}", "17") + query;
             let answer = Lines::open(&address, &asked, &[]).await;
-            let content_type = answer
-                .head
-                .lines()
-                .find_map(|line| line.strip_prefix("content-type: "));
+            let content_type =
+                answer.head.lines().find_map(|line| line.strip_prefix("content-type: "));
             let content_type = content_type.unwrap().split(';').next().unwrap();
             let status = answer.status.to_string();
             let mut described = &operations["get"]["responses"][&status];
             if let Some(reference) = described["$ref"].as_str() {
                 described = description.pointer(&reference[1..]).unwrap();
             }
-            assert!(
-                described != &Value::Null,
-                "GET {asked}: {status} is not described"
-            );
+            assert!(described != &Value::Null, "GET {asked}: {status} is not described");
             let types = described["content"].as_object().unwrap();
-            let known = types
-                .keys()
-                .any(|known| known.split(';').next() == Some(content_type));
-            assert!(
-                known,
-                "GET {asked}: {status} {content_type} is not described"
-            );
+            let known = types.keys().any(|known| known.split(';').next() == Some(content_type));
+            assert!(known, "GET {asked}: {status} {content_type} is not described");
         }
     }
 }
@@ -66,11 +56,7 @@ async fn what_is_answered_is_described() {
 async fn schemathesis_finds_nothing() {
     let (_pipeline, _gateway, address) = pipeline().await;
     let check = repository().join("tests/api/check");
-    let run = move || {
-        Command::new(check)
-            .arg(format!("http://{address}"))
-            .status()
-    };
+    let run = move || Command::new(check).arg(format!("http://{address}")).status();
     let status = tokio::task::spawn_blocking(run).await.unwrap().unwrap();
     assert!(status.success());
 }

@@ -14,19 +14,14 @@ pub async fn sequences(address: &str, last_seq: u64) -> Vec<u64> {
         (answer.status == 200).then(|| answer.json())
     };
     eventually("the gateway has caught up", async || {
-        read()
-            .await
-            .is_some_and(|body| body["last_seq"] == last_seq)
+        read().await.is_some_and(|body| body["last_seq"] == last_seq)
     })
     .await;
     let body = read().await.unwrap();
     assert_eq!(body["stream"], "NUMBERS");
     let numbers = body["numbers"].as_array().unwrap();
     assert_eq!(body["count"], numbers.len());
-    numbers
-        .iter()
-        .map(|number| number["seq"].as_u64().unwrap())
-        .collect()
+    numbers.iter().map(|number| number["seq"].as_u64().unwrap()).collect()
 }
 
 fn last_hundred(last: u64) -> Vec<u64> {
@@ -79,10 +74,7 @@ async fn invalid_payloads_are_skipped() {
     assert_eq!(sequences(&address, 420).await, expected);
     let (status, output) = pipeline.evenodd(&["verify"]).await;
     assert_eq!(status, Some(1), "{output}");
-    assert!(
-        output.contains("sequence 4: ") && output.contains("sequence 420: "),
-        "{output}"
-    );
+    assert!(output.contains("sequence 4: ") && output.contains("sequence 420: "), "{output}");
 }
 
 #[tokio::test]
@@ -97,10 +89,7 @@ async fn limits_kinds_and_errors() {
     assert_eq!(two.json()["numbers"].as_array().unwrap().len(), 2);
     let newest = &two.json()["numbers"][0];
     assert_eq!(newest["number"], 432_306);
-    assert_eq!(
-        (&newest["even"], &newest["odd"]),
-        (&846.into(), &511.into())
-    );
+    assert_eq!((&newest["even"], &newest["odd"]), (&846.into(), &511.into()));
     assert!(newest["published_at"].as_str().unwrap().ends_with('Z'));
 
     let text = get(&address, "/numbers", &["Accept: text/plain"]).await;
@@ -108,21 +97,11 @@ async fn limits_kinds_and_errors() {
     let head = request(&address, "HEAD", "/numbers", &[]).await;
     assert_eq!((head.status, head.body.as_str()), (200, ""));
 
-    for wrong in [
-        "limit=0",
-        "limit=101",
-        "limit=-1",
-        "limit=x",
-        "limit",
-        "limits=3",
-    ] {
+    for wrong in ["limit=0", "limit=101", "limit=-1", "limit=x", "limit", "limits=3"] {
         let answer = get(&address, &format!("/numbers?{wrong}"), &[]).await;
         assert_eq!(answer.status, 400, "{wrong}");
         assert!(answer.head.contains("application/problem+json"));
-        assert!(
-            answer.json()["detail"].as_str().unwrap().contains("limit"),
-            "{answer:?}"
-        );
+        assert!(answer.json()["detail"].as_str().unwrap().contains("limit"), "{answer:?}");
     }
     assert_eq!(get(&address, "/nothing", &[]).await.status, 404);
     let post = request(&address, "POST", "/numbers", &[]).await;
@@ -181,10 +160,7 @@ async fn a_stream_that_was_made_anew_is_noticed() {
     let (_gateway, address) = pipeline.gateway().await;
     sequences(&address, 5).await;
     let context = async_nats::jetstream::new(pipeline.client.clone());
-    context
-        .delete_stream(contract::streams::NUMBERS)
-        .await
-        .unwrap();
+    context.delete_stream(contract::streams::NUMBERS).await.unwrap();
     assert_eq!(pipeline.evenodd(&["provision"]).await.0, Some(0));
     pipeline.publish(100).await;
     assert_eq!(sequences(&address, 1).await, [1]);
@@ -201,10 +177,7 @@ async fn slow_and_silent_clients_are_cut() {
     };
     let dripping = async {
         let mut client = TcpStream::connect(address).await.unwrap();
-        for byte in b"GET /numbers HTTP/1.1\r\nHost: x\r\nX: "
-            .iter()
-            .chain([b'x'; 1000].iter())
-        {
+        for byte in b"GET /numbers HTTP/1.1\r\nHost: x\r\nX: ".iter().chain([b'x'; 1000].iter()) {
             if client.write_all(&[*byte]).await.is_err() {
                 break;
             }
@@ -213,10 +186,7 @@ async fn slow_and_silent_clients_are_cut() {
     };
     let idle = async {
         let mut client = TcpStream::connect(address).await.unwrap();
-        client
-            .write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-            .await
-            .unwrap();
+        client.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
         client.read_to_end(&mut Vec::new()).await
     };
     // The default is 10 s, and the dripping one would take 50 s.
@@ -307,18 +277,11 @@ async fn connections_are_bounded() {
     for _ in 0..100 {
         silent.push(TcpStream::connect(&address).await.unwrap());
     }
-    let open = || {
-        std::fs::read_dir(format!("/proc/{}/fd", gateway.pid()))
-            .unwrap()
-            .count()
-    };
+    let open = || std::fs::read_dir(format!("/proc/{}/fd", gateway.pid())).unwrap().count();
     for _ in 0..50 {
         assert!(open() < 10 + 30, "{} files are open", open());
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     drop(silent);
-    eventually("there is room", async || {
-        get(&address, "/healthz", &[]).await.status == 200
-    })
-    .await;
+    eventually("there is room", async || get(&address, "/healthz", &[]).await.status == 200).await;
 }

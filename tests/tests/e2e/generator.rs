@@ -32,9 +32,7 @@ async fn sigterm_drops_no_request() {
                 while !stop.load(Ordering::Relaxed) {
                     let reply = client.request(Parity::Odd.subject(), "".into()).await;
                     let reply = reply.map_err(|e| format!("after {answered} answers: {e}"))?;
-                    Parity::Odd
-                        .decode_reply(&reply.payload)
-                        .map_err(|e| e.to_string())?;
+                    Parity::Odd.decode_reply(&reply.payload).map_err(|e| e.to_string())?;
                     answered += 1;
                 }
                 Ok::<_, String>(answered)
@@ -96,10 +94,8 @@ async fn each_parity_covers_its_whole_range() {
     let broker = Broker::start(&scratch).await;
     let client = connect(&broker).await;
     for parity in [Parity::Even, Parity::Odd] {
-        let _replicas = [
-            start(&scratch, &broker, parity).await,
-            start(&scratch, &broker, parity).await,
-        ];
+        let _replicas =
+            [start(&scratch, &broker, parity).await, start(&scratch, &broker, parity).await];
         let mut seen = HashSet::new();
         // Of n equally likely numbers one is still missing after 25 n draws once in 10^8 times.
         for _ in 0..parity.numbers().len() * 25 / 100 {
@@ -122,17 +118,12 @@ async fn every_replica_is_listed_and_counts() {
     ];
     let client = connect(&broker).await;
     for _ in 0..40 {
-        client
-            .request(Parity::Even.subject(), "".into())
-            .await
-            .unwrap();
+        client.request(Parity::Even.subject(), "".into()).await.unwrap();
     }
     eventually("both replicas report what they answered", async || {
         let stats = tests::services(&client, "STATS.even").await;
-        let counts: Vec<u64> = stats
-            .iter()
-            .map(|s| s["endpoints"][0]["num_requests"].as_u64().unwrap())
-            .collect();
+        let counts: Vec<u64> =
+            stats.iter().map(|s| s["endpoints"][0]["num_requests"].as_u64().unwrap()).collect();
         counts.len() == 2 && counts.iter().all(|&n| n > 0) && counts.iter().sum::<u64>() == 40
     })
     .await;

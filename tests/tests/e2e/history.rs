@@ -39,11 +39,7 @@ fn expected(after: u64, last: u64) -> Vec<u64> {
 
 /// The `seq` of every line.
 fn lines(body: &str) -> Vec<u64> {
-    let seq = |line: &str| {
-        serde_json::from_str::<Value>(line).unwrap()["seq"]
-            .as_u64()
-            .unwrap()
-    };
+    let seq = |line: &str| serde_json::from_str::<Value>(line).unwrap()["seq"].as_u64().unwrap();
     body.lines().map(seq).collect()
 }
 
@@ -73,10 +69,7 @@ async fn pages_from_the_first_to_the_last() {
     let default = get(&address, "/history", &[]).await;
     assert_eq!(default.json()["next"], 100);
     let end = get(&address, &format!("/history?after={LAST}"), &[]).await;
-    assert_eq!(
-        (end.sequences().len(), &end.json()["next"]),
-        (0, &Value::Null)
-    );
+    assert_eq!((end.sequences().len(), &end.json()["next"]), (0, &Value::Null));
 }
 
 #[tokio::test]
@@ -84,32 +77,16 @@ async fn from_a_time_on() {
     let (pipeline, _gateway, address) = pipeline().await;
     let stored = pipeline.entries(1, 1000).await;
     let recent = pipeline.entries(LAST - 60, 61).await;
-    for entry in [
-        &stored[0],
-        &stored[500],
-        &stored[999],
-        &recent[5],
-        &recent[60],
-    ] {
+    for entry in [&stored[0], &stored[500], &stored[999], &recent[5], &recent[60]] {
         let from = entry.time.format(&Rfc3339).unwrap();
         let page = get(&address, &format!("/history?from={from}&limit=3"), &[]).await;
         let first = entry.sequence;
         let last = (first + 2).min(LAST);
-        assert_eq!(
-            page.sequences(),
-            expected(first - 1, last),
-            "{from}: {page:?}"
-        );
+        assert_eq!(page.sequences(), expected(first - 1, last), "{from}: {page:?}");
         // A moment later it is the next one.
-        let later = (entry.time + Duration::from_nanos(1))
-            .format(&Rfc3339)
-            .unwrap();
+        let later = (entry.time + Duration::from_nanos(1)).format(&Rfc3339).unwrap();
         let page = get(&address, &format!("/history?from={later}&limit=1"), &[]).await;
-        assert_eq!(
-            page.sequences(),
-            expected(first, (first + 1).min(LAST)),
-            "{later}"
-        );
+        assert_eq!(page.sequences(), expected(first, (first + 1).min(LAST)), "{later}");
     }
     for (from, all) in [
         ("0000-01-01T00:00:00%2B00:01", true),
@@ -134,16 +111,10 @@ async fn the_whole_history_as_lines_and_as_a_table() {
     assert_eq!(all.header("content-type"), Some("application/x-ndjson"));
     assert_eq!(lines(&all.body), expected(0, LAST));
     let first = all.body.lines().next().unwrap();
-    assert_eq!(
-        first,
-        get(&address, "/numbers/1", &[]).await.body.trim_end()
-    );
+    assert_eq!(first, get(&address, "/numbers/1", &[]).await.body.trim_end());
 
     let table = get(&address, "/history.csv", &[]).await;
-    assert_eq!(
-        table.header("content-type"),
-        Some("text/csv; charset=utf-8")
-    );
+    assert_eq!(table.header("content-type"), Some("text/csv; charset=utf-8"));
     let mut rows = table.body.lines();
     assert_eq!(rows.next(), Some("seq,number,even,odd,published_at"));
     let number: Value = serde_json::from_str(first).unwrap();
@@ -154,9 +125,8 @@ async fn the_whole_history_as_lines_and_as_a_table() {
     // From the first of two messages up to the second, which does not belong to it.
     let stored = pipeline.entries(1, 1000).await;
     let recent = pipeline.entries(LAST - 60, 61).await;
-    let times: Vec<_> = [&stored[700], &recent[10]]
-        .map(|e| e.time.format(&Rfc3339).unwrap())
-        .into();
+    let times: Vec<_> =
+        [&stored[700], &recent[10]].map(|e| e.time.format(&Rfc3339).unwrap()).into();
     let path = format!("/history.ndjson?from={}&until={}", times[0], times[1]);
     let part = get(&address, &path, &[]).await;
     assert_eq!(lines(&part.body), expected(700, recent[10].sequence - 1));
@@ -178,12 +148,7 @@ async fn an_empty_history_is_no_error() {
     let table = get(&address, "/history.csv", &[]).await.body;
     assert_eq!(table, "seq,number,even,odd,published_at\n");
     let now = OffsetDateTime::now_utc().format(&Rfc3339).unwrap();
-    assert_eq!(
-        get(&address, &format!("/history?from={now}"), &[])
-            .await
-            .status,
-        200
-    );
+    assert_eq!(get(&address, &format!("/history?from={now}"), &[]).await.status, 200);
 }
 
 #[tokio::test]
@@ -205,10 +170,7 @@ async fn wrong_questions_are_explained() {
     ] {
         let answer = get(&address, path, &[]).await;
         assert_eq!(answer.status, 400, "{path}");
-        assert_eq!(
-            answer.header("content-type"),
-            Some("application/problem+json")
-        );
+        assert_eq!(answer.header("content-type"), Some("application/problem+json"));
         let detail = answer.json()["detail"].as_str().unwrap().to_owned();
         assert!(detail.contains(hint), "{path}: {detail}");
     }
@@ -257,9 +219,7 @@ async fn exports_wait_for_their_clients() {
     sequences(&address, 8000).await;
     let slow = TcpStream::connect(&address).await.unwrap();
     // As little as possible in between: 700 KB do not fit.
-    socket2::SockRef::from(&slow)
-        .set_recv_buffer_size(4096)
-        .unwrap();
+    socket2::SockRef::from(&slow).set_recv_buffer_size(4096).unwrap();
     let mut slow = slow;
     let ask = b"GET /history.ndjson HTTP/1.1\r\nHost: x\r\n\r\n";
     slow.write_all(ask).await.unwrap();
@@ -276,9 +236,7 @@ async fn exports_wait_for_their_clients() {
     let mut broken = None;
     eventually("an export begins", async || {
         let mut stream = TcpStream::connect(&address).await.unwrap();
-        socket2::SockRef::from(&stream)
-            .set_recv_buffer_size(4096)
-            .unwrap();
+        socket2::SockRef::from(&stream).set_recv_buffer_size(4096).unwrap();
         stream.write_all(ask).await.unwrap();
         let mut head = [0; 12];
         stream.read_exact(&mut head).await.unwrap();
@@ -292,9 +250,7 @@ async fn exports_wait_for_their_clients() {
     let read = broken.unwrap();
     let mut read = tokio::io::BufReader::new(read);
     // Cut, or ended without the last chunk.
-    let _ = tokio::time::timeout(tests::PATIENCE, read.read_to_end(&mut rest))
-        .await
-        .unwrap();
+    let _ = tokio::time::timeout(tests::PATIENCE, read.read_to_end(&mut rest)).await.unwrap();
     assert!(!rest.ends_with(b"\r\n0\r\n\r\n"), "it looks complete");
     assert!(rest.len() < 700_000);
 }

@@ -29,14 +29,8 @@ fn a_named_server_is_taken_or_refused_with_a_reason() {
     assert!(taken.status.success());
     assert_eq!(String::from_utf8_lossy(&taken.stdout).trim(), good);
     for (server, reason) in [
-        (
-            "/nonexistent/nats-server".to_owned(),
-            "not a nats-server that runs",
-        ),
-        (
-            fake(&scratch, "echo nats-server: v2.9.10"),
-            "version 2.9.10",
-        ),
+        ("/nonexistent/nats-server".to_owned(), "not a nats-server that runs"),
+        (fake(&scratch, "echo nats-server: v2.9.10"), "version 2.9.10"),
     ] {
         let refused = install("NATS_SERVER", &server);
         assert!(!refused.status.success());

@@ -21,11 +21,7 @@ async fn numbers_as_they_come() {
     sequences(&address, 5).await;
     let mut live = Lines::open(&address, "/numbers/live", &[]).await;
     assert_eq!(live.status, 200);
-    assert!(
-        live.head.contains("content-type: text/event-stream\n"),
-        "{}",
-        live.head
-    );
+    assert!(live.head.contains("content-type: text/event-stream\n"), "{}", live.head);
     let accept = ["Accept: application/x-ndjson"];
     let mut lines = Lines::open(&address, "/numbers/live?after=3", &accept).await;
     assert!(lines.head.contains("content-type: application/x-ndjson\n"));
@@ -59,24 +55,14 @@ async fn a_feed_goes_on_where_the_client_was() {
     let (_two, two) = pipeline.gateway().await;
     sequences(&one, LAST).await;
     sequences(&two, LAST).await;
-    for (address, after) in [
-        (&one, 0),
-        (&two, 1),
-        (&one, 610),
-        (&two, 949),
-        (&one, 1199),
-        (&two, 1201),
-        (&one, LAST),
-    ] {
+    for (address, after) in
+        [(&one, 0), (&two, 1), (&one, 610), (&two, 949), (&one, 1199), (&two, 1201), (&one, LAST)]
+    {
         let header = format!("Last-Event-ID: {after}");
         // What the browser has seen since counts for more than what the address says.
         let mut live = Lines::open(address, "/numbers/live?after=17", &[&header]).await;
         let expected: Vec<u64> = (after + 1..=LAST).filter(valid).collect();
-        assert_eq!(
-            live.sequences(expected.len()).await,
-            expected,
-            "after {after}"
-        );
+        assert_eq!(live.sequences(expected.len()).await, expected, "after {after}");
     }
 }
 
@@ -99,11 +85,7 @@ async fn a_client_that_moves_misses_nothing() {
             if after == LAST {
                 break;
             }
-            let address = if turn % 2 == 0 && turn < 6 {
-                &first
-            } else {
-                &second
-            };
+            let address = if turn % 2 == 0 && turn < 6 { &first } else { &second };
             if turn == 7 {
                 one.kill();
             }
@@ -127,10 +109,7 @@ async fn a_position_that_means_nothing_is_reset() {
     let mut beyond = Lines::open(&address, "/numbers/live?after=99", &[]).await;
     let reset = beyond.event().await.unwrap();
     assert_eq!((reset.name.as_str(), reset.id), ("reset", 5));
-    assert_eq!(
-        (&reset.data["position"], &reset.data["last_seq"]),
-        (&99.into(), &5.into())
-    );
+    assert_eq!((&reset.data["position"], &reset.data["last_seq"]), (&99.into(), &5.into()));
     let accept = ["Accept: application/x-ndjson"];
     let mut other = Lines::open(&address, "/numbers/live?after=3&stream=1234", &accept).await;
     let line: serde_json::Value = serde_json::from_str(&other.line().await.unwrap()).unwrap();
@@ -141,17 +120,9 @@ async fn a_position_that_means_nothing_is_reset() {
     assert!(other.line().await.unwrap().contains(r#""seq":6"#));
     // The same stream, by what the tag of an answer says about it.
     let numbers = get(&address, "/numbers", &[]).await;
-    let stream = numbers
-        .header("etag")
-        .unwrap()
-        .split(['"', '-'])
-        .nth(1)
-        .unwrap();
+    let stream = numbers.header("etag").unwrap().split(['"', '-']).nth(1).unwrap();
     let path = format!("/numbers/live?after=4&stream={stream}");
-    assert_eq!(
-        Lines::open(&address, &path, &[]).await.sequences(2).await,
-        [5, 6]
-    );
+    assert_eq!(Lines::open(&address, &path, &[]).await.sequences(2).await, [5, 6]);
     for wrong in ["after=-1", "after=x", "afters=1", "after=1&after=2"] {
         let answer = get(&address, &format!("/numbers/live?{wrong}"), &[]).await;
         assert_eq!(answer.status, 400, "{wrong}");
@@ -170,10 +141,7 @@ async fn a_stream_that_was_made_anew_resets_open_feeds() {
     let mut live = Lines::open(&address, "/numbers/live?after=4", &[]).await;
     assert_eq!(live.sequences(1).await, [5]);
     let context = async_nats::jetstream::new(pipeline.client.clone());
-    context
-        .delete_stream(contract::streams::NUMBERS)
-        .await
-        .unwrap();
+    context.delete_stream(contract::streams::NUMBERS).await.unwrap();
     assert_eq!(pipeline.evenodd(&["provision"]).await.0, Some(0));
     published(&pipeline, 100..=100).await;
     let reset = live.event().await.unwrap();
@@ -240,10 +208,7 @@ async fn no_more_event_streams_than_allowed() {
 /// The memory of a process that is not shared with others, in KB.
 fn resident_kb(process: &Process) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap();
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmRSS:"))
-        .unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
@@ -254,9 +219,8 @@ async fn clients_that_never_read_are_cut() {
     const CLIENTS: usize = 200;
     let pipeline = Pipeline::new().await;
     published(&pipeline, 1..=5000).await;
-    let (gateway, address) = pipeline
-        .gateway_with(&["--request-ms", "2000", "--history-reads", "1000"])
-        .await;
+    let (gateway, address) =
+        pipeline.gateway_with(&["--request-ms", "2000", "--history-reads", "1000"]).await;
     sequences(&address, 5000).await;
     let before_kb = resident_kb(&gateway);
     let mut silent = Vec::new();
@@ -264,18 +228,11 @@ async fn clients_that_never_read_are_cut() {
         let socket = TcpSocket::new_v4().unwrap();
         socket.set_recv_buffer_size(4096).unwrap();
         let mut stream = socket.connect(address.parse().unwrap()).await.unwrap();
-        stream
-            .write_all(b"GET /numbers/live?after=0 HTTP/1.1\r\nHost: x\r\n\r\n")
-            .await
-            .unwrap();
+        stream.write_all(b"GET /numbers/live?after=0 HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
         silent.push(stream);
     }
     let mut live = Lines::open(&address, "/numbers/live", &[]).await;
-    let open = || {
-        std::fs::read_dir(format!("/proc/{}/fd", gateway.pid()))
-            .unwrap()
-            .count()
-    };
+    let open = || std::fs::read_dir(format!("/proc/{}/fd", gateway.pid())).unwrap().count();
     let mut most_kb = 0;
     let mut slot = 5000;
     eventually("they are cut", async || {
@@ -297,9 +254,7 @@ async fn ten_thousand_event_streams() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
-    let clients = usize::try_from(hard.saturating_sub(200))
-        .unwrap()
-        .min(10_000);
+    let clients = usize::try_from(hard.saturating_sub(200)).unwrap().min(10_000);
     let pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway().await;
     sequences(&address, 0).await;
@@ -309,9 +264,7 @@ async fn ten_thousand_event_streams() {
     }
     published(&pipeline, 1..=3).await;
     let all = futures::future::join_all(feeds.iter_mut().map(async |feed| feed.sequences(3).await));
-    let all = tokio::time::timeout(PATIENCE, all)
-        .await
-        .expect("some have not got all");
+    let all = tokio::time::timeout(PATIENCE, all).await.expect("some have not got all");
     assert!(all.iter().all(|seen| *seen == [1, 2, 3]));
     // The gateway goes on serving others.
     assert_eq!(get(&address, "/numbers", &[]).await.status, 200);

@@ -19,11 +19,7 @@ const SLOT_MS: u64 = 500;
 async fn rate_and_live_feed() {
     const TICKS: u32 = 1200;
     let pipeline = Pipeline::new().await;
-    let mut live = pipeline
-        .client
-        .subscribe(subjects::PUBLISHED)
-        .await
-        .unwrap();
+    let mut live = pipeline.client.subscribe(subjects::PUBLISHED).await.unwrap();
     let mut ticks = Ticks::watch(&pipeline.client).await;
     let _generators = pipeline.generators().await;
     let mut multiplier = pipeline.multiplier(20).await;
@@ -34,30 +30,20 @@ async fn rate_and_live_feed() {
 
     // Ticks without both numbers (a busy machine) say nothing about the odds.
     let products: Vec<u32> = done.iter().filter_map(|done| done.product).collect();
-    let above = products
-        .iter()
-        .filter(|&&p| p > contract::THRESHOLD)
-        .count();
+    let above = products.iter().filter(|&&p| p > contract::THRESHOLD).count();
     let n = f64::from(u32::try_from(products.len()).unwrap());
     assert!(n > 0.9 * f64::from(TICKS), "only {n} ticks had numbers");
     let p = odds::publish_probability();
     let deviation = (f64::from(u32::try_from(above).unwrap()) - n * p) / (n * p * (1.0 - p)).sqrt();
     // Six standard deviations are exceeded once in 5 * 10^8 runs.
-    assert!(
-        deviation.abs() < 6.0,
-        "{above} of {n} published: {deviation} standard deviations"
-    );
+    assert!(deviation.abs() < 6.0, "{above} of {n} published: {deviation} standard deviations");
 
     let history = pipeline.history().await;
     assert_eq!(history.len(), above);
     for stored in history {
         let message = live.next().await.unwrap();
         assert_eq!(stored.payload, message.payload);
-        assert!(
-            Product::decode(&message.payload)
-                .unwrap()
-                .is_above_threshold()
-        );
+        assert!(Product::decode(&message.payload).unwrap().is_above_threshold());
     }
     let (status, output) = pipeline.evenodd(&["verify", "--slot-ms", "20"]).await;
     assert_eq!(status, Some(0), "{output}");
@@ -162,9 +148,7 @@ async fn one_tick_a_slot_without_claims() {
     let context = async_nats::jetstream::new(pipeline.client.clone());
     context.delete_stream(TICKS).await.unwrap();
     ticks.take(6).await;
-    multipliers[0]
-        .wait_for("settle slots among themselves")
-        .await;
+    multipliers[0].wait_for("settle slots among themselves").await;
     for frozen in &multipliers {
         ticks.next().await;
         frozen.signal(Signal::SIGSTOP);
@@ -185,18 +169,13 @@ async fn wrong_answers_are_not_believed() {
     let _generators = pipeline.generators().await;
     let liar = pipeline.client.clone();
     let queue = Parity::Even.name().to_owned();
-    let mut requests = liar
-        .queue_subscribe(Parity::Even.subject(), queue)
-        .await
-        .unwrap();
+    let mut requests = liar.queue_subscribe(Parity::Even.subject(), queue).await.unwrap();
     liar.flush().await.unwrap();
     let lying = tokio::spawn(async move {
         let lies = [r#"{"number":7}"#, r#"{"number":1002}"#, "{}", "", "\u{0}"];
         for lie in lies.iter().cycle() {
             let request = requests.next().await.unwrap();
-            liar.publish(request.reply.unwrap(), (*lie).into())
-                .await
-                .unwrap();
+            liar.publish(request.reply.unwrap(), (*lie).into()).await.unwrap();
         }
     });
     let mut ticks = Ticks::watch(&pipeline.client).await;

@@ -66,10 +66,7 @@ async fn every_encoding_holds_the_same() {
         assert_eq!(decoded(name, &answer.bytes), plain.bytes, "{name}");
         let head = request(&address, "HEAD", "/numbers", &[&header]).await;
         assert_eq!((head.status, head.bytes.len()), (200, 0));
-        assert_eq!(
-            head.header("content-length"),
-            answer.header("content-length")
-        );
+        assert_eq!(head.header("content-length"), answer.header("content-length"));
     }
 }
 
@@ -98,10 +95,7 @@ async fn one_number() {
     ] {
         let answer = get(&address, &format!("/numbers/{seq}"), &[]).await;
         assert_eq!(answer.status, 404, "{answer:?}");
-        assert!(
-            answer.json()["detail"].as_str().unwrap().contains(reason),
-            "{answer:?}"
-        );
+        assert!(answer.json()["detail"].as_str().unwrap().contains(reason), "{answer:?}");
     }
     for seq in ["0", "-1", "+1", "x", "", "18446744073709551616", "1/2"] {
         let answer = get(&address, &format!("/numbers/{seq}"), &[]).await;
@@ -124,10 +118,7 @@ async fn a_replica_that_is_behind_catches_up_first() {
         sequences(&ahead.1, round).await;
         let seen = get(&ahead.1, "/numbers", &[]).await;
         let header = [&*format!("If-None-Match: {}", seen.header("etag").unwrap())];
-        let (path, after) = (
-            format!("/numbers/{round}"),
-            format!("/history?after={}", round - 1),
-        );
+        let (path, after) = (format!("/numbers/{round}"), format!("/history?after={}", round - 1));
         let asked = async {
             tokio::join!(
                 get(&behind.1, "/numbers", &header),
@@ -157,16 +148,12 @@ async fn an_answer_without_the_broker_says_how_old_it_is() {
     eventually("an age", async || {
         let answer = get(&address, "/numbers", &[]).await;
         assert_eq!(answer.status, 200);
-        answer
-            .header("age")
-            .is_some_and(|age| age.parse::<u64>().unwrap() >= 3)
+        answer.header("age").is_some_and(|age| age.parse::<u64>().unwrap() >= 3)
     })
     .await;
     pipeline.broker.restart(&pipeline.scratch).await;
-    eventually("no age", async || {
-        get(&address, "/numbers", &[]).await.header("age").is_none()
-    })
-    .await;
+    eventually("no age", async || get(&address, "/numbers", &[]).await.header("age").is_none())
+        .await;
 }
 
 #[tokio::test]
@@ -176,35 +163,15 @@ async fn browsers_are_told_what_they_may_do() {
     sequences(&address, 0).await;
     for path in ["/numbers", "/history", "/healthz", "/nothing", "/", "/docs"] {
         let answer = get(&address, path, &["Origin: https://example.org"]).await;
-        assert_eq!(
-            answer.header("access-control-allow-origin"),
-            Some("*"),
-            "{path}"
-        );
-        assert_eq!(
-            answer.header("x-content-type-options"),
-            Some("nosniff"),
-            "{path}"
-        );
-        assert_eq!(
-            answer.header("referrer-policy"),
-            Some("no-referrer"),
-            "{path}"
-        );
+        assert_eq!(answer.header("access-control-allow-origin"), Some("*"), "{path}");
+        assert_eq!(answer.header("x-content-type-options"), Some("nosniff"), "{path}");
+        assert_eq!(answer.header("referrer-policy"), Some("no-referrer"), "{path}");
         let policy = answer.header("content-security-policy").unwrap();
-        assert!(
-            policy.starts_with("default-src 'none'; "),
-            "{path}: {policy}"
-        );
+        assert!(policy.starts_with("default-src 'none'; "), "{path}: {policy}");
         assert!(!policy.contains("unsafe") && policy.contains("frame-ancestors 'none'"));
     }
-    let preflight = request(
-        &address,
-        "OPTIONS",
-        "/numbers",
-        &["Origin: https://example.org"],
-    )
-    .await;
+    let preflight =
+        request(&address, "OPTIONS", "/numbers", &["Origin: https://example.org"]).await;
     assert_eq!(preflight.status, 204);
     let allowed = preflight.header("access-control-allow-headers").unwrap();
     assert!(allowed.contains("Authorization"), "{allowed}");
@@ -218,12 +185,7 @@ async fn the_page_is_complete() {
     for page in ["/", "/docs"] {
         let answer = get(&address, page, &[]).await;
         assert_eq!(answer.status, 200);
-        assert!(
-            answer
-                .header("content-type")
-                .unwrap()
-                .starts_with("text/html")
-        );
+        assert!(answer.header("content-type").unwrap().starts_with("text/html"));
         let links = answer.body.split(['"', '\'']).filter(|part| {
             part.starts_with('/') && (part.ends_with(".js") || part.ends_with(".css"))
         });

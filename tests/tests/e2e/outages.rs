@@ -13,10 +13,7 @@ use tokio::time::sleep;
 const SLOT_MS: u64 = 500;
 
 fn slots_with(ticks: &Ticks, outcomes: &[Outcome]) -> BTreeSet<Slot> {
-    let with = ticks
-        .seen()
-        .iter()
-        .filter(|done| outcomes.contains(&done.outcome));
+    let with = ticks.seen().iter().filter(|done| outcomes.contains(&done.outcome));
     with.map(|done| done.slot).collect()
 }
 
@@ -32,9 +29,7 @@ async fn assert_everything_due_is_stored(pipeline: &Pipeline, ticks: &Ticks) {
 
 async fn stored(pipeline: &Pipeline) -> Vec<Slot> {
     let history = pipeline.history().await;
-    let slots = history
-        .iter()
-        .map(|entry| entry.message_id.as_ref().unwrap().parse().unwrap());
+    let slots = history.iter().map(|entry| entry.message_id.as_ref().unwrap().parse().unwrap());
     slots.collect()
 }
 
@@ -42,21 +37,11 @@ async fn stored(pipeline: &Pipeline) -> Vec<Slot> {
 async fn assert_nothing_lost_or_doubled(pipeline: &Pipeline, ticks: &Ticks) {
     let slots = stored(pipeline).await;
     let unique: BTreeSet<Slot> = slots.iter().copied().collect();
-    assert_eq!(
-        unique.len(),
-        slots.len(),
-        "a slot was stored twice: {slots:?}"
-    );
-    let lost: Vec<_> = slots_with(ticks, &[Outcome::Published])
-        .difference(&unique)
-        .copied()
-        .collect();
+    assert_eq!(unique.len(), slots.len(), "a slot was stored twice: {slots:?}");
+    let lost: Vec<_> =
+        slots_with(ticks, &[Outcome::Published]).difference(&unique).copied().collect();
     assert!(lost.is_empty(), "acknowledged and lost: {lost:?}");
-    let doubled: Vec<_> = ticks
-        .irregular()
-        .into_iter()
-        .filter(|&(_, count)| count > 1)
-        .collect();
+    let doubled: Vec<_> = ticks.irregular().into_iter().filter(|&(_, count)| count > 1).collect();
     assert_eq!(doubled, [], "ticked twice");
     pipeline.verify().await;
 }
@@ -89,17 +74,11 @@ async fn a_broker_that_is_away_for_twenty_seconds() {
     let mut pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
-    let _multipliers = [
-        pipeline.multiplier(SLOT_MS).await,
-        pipeline.multiplier(SLOT_MS).await,
-    ];
+    let _multipliers = [pipeline.multiplier(SLOT_MS).await, pipeline.multiplier(SLOT_MS).await];
     ticks.until(|done| done.outcome == Outcome::Published).await;
     // Before it goes, something becomes due: the history takes nothing for a while.
     let context = jetstream::new(pipeline.client.clone());
-    let elsewhere = stream::Config {
-        subjects: vec!["elsewhere".into()],
-        ..streams::numbers(1)
-    };
+    let elsewhere = stream::Config { subjects: vec!["elsewhere".into()], ..streams::numbers(1) };
     context.update_stream(&elsewhere).await.unwrap();
     for _ in 0..2 {
         ticks.until(|done| done.outcome == Outcome::Pending).await;
@@ -120,10 +99,7 @@ async fn a_broker_that_is_frozen_for_a_while() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
-    let _multipliers = [
-        pipeline.multiplier(SLOT_MS).await,
-        pipeline.multiplier(SLOT_MS).await,
-    ];
+    let _multipliers = [pipeline.multiplier(SLOT_MS).await, pipeline.multiplier(SLOT_MS).await];
     for frozen_ms in [300, 1500, 6000] {
         ticks.until(|done| done.outcome == Outcome::Published).await;
         pipeline.broker.freeze();
@@ -183,15 +159,8 @@ async fn a_retry_stores_nothing_twice() {
 
     pipeline.broker.kill();
     pipeline.broker.restart(&pipeline.scratch).await;
-    eventually("connected", async || {
-        runtime::connection::is_connected(&pipeline.client)
-    })
-    .await;
+    eventually("connected", async || runtime::connection::is_connected(&pipeline.client)).await;
     let retry = publish(&pipeline, 1).await.unwrap();
     assert_eq!((retry.sequence, retry.duplicate), (first.sequence, true));
-    assert_eq!(
-        stored(&pipeline).await,
-        [Slot(1), Slot(2)],
-        "stream {NUMBERS}"
-    );
+    assert_eq!(stored(&pipeline).await, [Slot(1), Slot(2)], "stream {NUMBERS}");
 }

@@ -27,13 +27,7 @@ impl Shown {
         .await;
         let browser = Browser::start(&pipeline.scratch).await;
         browser.open(&format!("http://{address}/")).await;
-        Self {
-            browser,
-            address,
-            gateway,
-            others,
-            pipeline,
-        }
+        Self { browser, address, gateway, others, pipeline }
     }
 
     async fn state(&self) -> String {
@@ -47,19 +41,13 @@ impl Shown {
     /// The sequences in the list, newest first.
     async fn sequences(&self) -> Vec<u64> {
         let texts = self.browser.texts("#list td:last-child").await;
-        texts
-            .iter()
-            .map(|text| text.replace(',', "").parse().unwrap())
-            .collect()
+        texts.iter().map(|text| text.replace(',', "").parse().unwrap()).collect()
     }
 
     /// The page has numbers after this sequence, and none is missing.
     async fn goes_on_after(&self, seq: u64) -> u64 {
         eventually("the page goes on", async || {
-            self.sequences()
-                .await
-                .first()
-                .is_some_and(|latest| *latest > seq + 5)
+            self.sequences().await.first().is_some_and(|latest| *latest > seq + 5)
         })
         .await;
         let shown = self.sequences().await;
@@ -71,12 +59,7 @@ impl Shown {
 
     async fn alive(&self, service: &str) -> String {
         let selector = format!("document.querySelector('[data-service={service}]')?.dataset.alive");
-        self.browser
-            .value(&selector)
-            .await
-            .as_str()
-            .unwrap_or_default()
-            .to_owned()
+        self.browser.value(&selector).await.as_str().unwrap_or_default().to_owned()
     }
 }
 
@@ -98,21 +81,9 @@ async fn numbers_are_shown_and_go_on() {
         assert_eq!(field(0), format!("{} × {}", number["even"], number["odd"]));
         assert_eq!(field(1), number["number"].to_string());
     }
-    assert_eq!(
-        shown
-            .browser
-            .value("document.querySelectorAll('#chart rect').length")
-            .await,
-        100
-    );
+    assert_eq!(shown.browser.value("document.querySelectorAll('#chart rect').length").await, 100);
     assert_eq!(shown.browser.text("#expected").await, "80");
-    let rate: u32 = shown
-        .browser
-        .text("#rate")
-        .await
-        .replace(',', "")
-        .parse()
-        .unwrap();
+    let rate: u32 = shown.browser.text("#rate").await.replace(',', "").parse().unwrap();
     assert!(rate > 80, "five times as many ticks, and {rate} a minute");
     eventually("all replicas are shown", async || {
         let mut counts = Vec::new();
@@ -123,11 +94,7 @@ async fn numbers_are_shown_and_go_on() {
     })
     .await;
     eventually("a multiplier did the latest tick", async || {
-        shown
-            .browser
-            .text("[data-service=multiplier] .ticked")
-            .await
-            .contains("latest tick")
+        shown.browser.text("[data-service=multiplier] .ticked").await.contains("latest tick")
     })
     .await;
     // One event stream.
@@ -145,10 +112,7 @@ async fn it_recovers_when_the_gateway_was_killed() {
     shown.is_live().await;
     let before = shown.goes_on_after(0).await;
     shown.gateway.kill();
-    eventually("it says so", async || {
-        shown.state().await.starts_with("disconnected")
-    })
-    .await;
+    eventually("it says so", async || shown.state().await.starts_with("disconnected")).await;
     shown.browser.screenshot("disconnected").await;
     // More numbers than the page shows are published meanwhile, or fewer.
     let published = async || shown.pipeline.entries(before + 20, 1).await.len();
@@ -160,10 +124,7 @@ async fn it_recovers_when_the_gateway_was_killed() {
     shown.goes_on_after(before + 20).await;
     // One that is frozen is noticed as well, and so is its return.
     shown.gateway.signal(nix::sys::signal::Signal::SIGSTOP);
-    eventually("it says so", async || {
-        shown.state().await.starts_with("disconnected")
-    })
-    .await;
+    eventually("it says so", async || shown.state().await.starts_with("disconnected")).await;
     shown.gateway.signal(nix::sys::signal::Signal::SIGCONT);
     shown.is_live().await;
     shown.goes_on_after(before + 30).await;
@@ -178,19 +139,12 @@ async fn a_lost_replica_and_a_lost_broker_are_shown() {
     shown.others[0].kill();
     eventually("one is lost", async || {
         shown.alive("even").await == "1"
-            && shown
-                .browser
-                .text("[data-service=even] .lost")
-                .await
-                .contains("lost")
+            && shown.browser.text("[data-service=even] .lost").await.contains("lost")
     })
     .await;
     shown.browser.screenshot("lost-replica").await;
     shown.pipeline.broker.kill();
-    eventually("it is stale", async || {
-        shown.state().await.starts_with("stale")
-    })
-    .await;
+    eventually("it is stale", async || shown.state().await.starts_with("stale")).await;
     shown.pipeline.broker.restart(&shown.pipeline.scratch).await;
     shown.is_live().await;
     let before = shown.sequences().await[0];
@@ -205,50 +159,25 @@ async fn a_token_is_asked_for_where_one_is_needed() {
     std::fs::write(&key, "0123456789abcdef0123456789abcdef").unwrap();
     let key = key.to_str().unwrap();
     let shown = Shown::new(&["--jwt-key", key]).await;
-    eventually("it asks", async || {
-        shown.state().await == "a token is needed"
-    })
-    .await;
-    shown
-        .browser
-        .value("document.getElementById('token').focus()")
-        .await;
+    eventually("it asks", async || shown.state().await == "a token is needed").await;
+    shown.browser.value("document.getElementById('token').focus()").await;
     shown.browser.press("wrong\u{E007}").await;
     eventually("it is refused", async || {
-        shown
-            .browser
-            .text("#refused")
-            .await
-            .contains("not accepted")
+        shown.browser.text("#refused").await.contains("not accepted")
     })
     .await;
     shown.browser.screenshot("token").await;
     let mut token = Process::start(&scratch, "evenodd", &["token", "--key", key]);
     assert!(token.wait().await.success());
-    shown
-        .browser
-        .value("document.getElementById('token').value = ''")
-        .await;
-    shown
-        .browser
-        .value("document.getElementById('token').focus()")
-        .await;
-    shown
-        .browser
-        .press(&format!("{}\u{E007}", token.log().trim()))
-        .await;
+    shown.browser.value("document.getElementById('token').value = ''").await;
+    shown.browser.value("document.getElementById('token').focus()").await;
+    shown.browser.press(&format!("{}\u{E007}", token.log().trim())).await;
     shown.is_live().await;
     shown.goes_on_after(0).await;
     // The tab remembers it.
-    shown
-        .browser
-        .open(&format!("http://{}/", shown.address))
-        .await;
+    shown.browser.open(&format!("http://{}/", shown.address)).await;
     shown.is_live().await;
-    eventually("the replicas are shown", async || {
-        shown.alive("odd").await == "2"
-    })
-    .await;
+    eventually("the replicas are shown", async || shown.alive("odd").await == "2").await;
 }
 
 #[tokio::test]
@@ -260,22 +189,13 @@ async fn it_fits_a_telephone_the_dark_and_a_keyboard() {
     let phone = json!({ "width": 320, "height": 640, "deviceScaleFactor": 2, "mobile": true });
     let desk = json!({ "width": 1000, "height": 1400, "deviceScaleFactor": 1, "mobile": false });
     for (size, metrics) in [("phone", phone), ("desk", desk)] {
-        shown
-            .browser
-            .devtools("Emulation.setDeviceMetricsOverride", metrics)
-            .await;
+        shown.browser.devtools("Emulation.setDeviceMetricsOverride", metrics).await;
         for theme in ["light", "dark"] {
             let feature = json!({ "name": "prefers-color-scheme", "value": theme });
             let media = json!({ "features": [feature] });
-            shown
-                .browser
-                .devtools("Emulation.setEmulatedMedia", media)
-                .await;
+            shown.browser.devtools("Emulation.setEmulatedMedia", media).await;
             for page in ["", "docs"] {
-                shown
-                    .browser
-                    .open(&format!("http://{}/{page}", shown.address))
-                    .await;
+                shown.browser.open(&format!("http://{}/{page}", shown.address)).await;
                 let loaded = "document.querySelectorAll('#list tr').length + document.querySelectorAll('.route').length";
                 eventually("it is loaded", async || {
                     shown.browser.value(loaded).await.as_u64() > Some(7)
@@ -289,56 +209,34 @@ async fn it_fits_a_telephone_the_dark_and_a_keyboard() {
                 );
                 let name = if page.is_empty() { "page" } else { page };
                 tokio::time::sleep(std::time::Duration::from_millis(2500)).await;
-                shown
-                    .browser
-                    .screenshot(&format!("{name}-{size}-{theme}"))
-                    .await;
-                let back = shown
-                    .browser
-                    .value("getComputedStyle(document.body).backgroundColor")
-                    .await;
+                shown.browser.screenshot(&format!("{name}-{size}-{theme}")).await;
+                let back =
+                    shown.browser.value("getComputedStyle(document.body).backgroundColor").await;
                 let is_dark = back.as_str().unwrap().contains("16, 20, 27");
                 assert_eq!(is_dark, theme == "dark", "{back}");
             }
         }
     }
     // By keyboard: the way past everything comes first, and the list can be scrolled.
-    shown
-        .browser
-        .open(&format!("http://{}/", shown.address))
-        .await;
+    shown.browser.open(&format!("http://{}/", shown.address)).await;
     shown.is_live().await;
     shown.browser.press("\u{E004}").await;
-    let focus = shown
-        .browser
-        .value("document.activeElement.innerText")
-        .await;
+    let focus = shown.browser.value("document.activeElement.innerText").await;
     assert_eq!(focus, "Skip to the list of numbers");
     // For screen readers: the state is spoken, the chart is described, the table has headings.
     let roles = "[document.getElementById('status').role, document.querySelectorAll('th[scope=col]').length]";
     assert_eq!(shown.browser.value(roles).await, json!(["status", 4]));
-    let chart = shown
-        .browser
-        .value("document.getElementById('chart').getAttribute('aria-label')")
-        .await;
-    assert!(
-        chart.as_str().unwrap().starts_with("100 numbers, from "),
-        "{chart}"
-    );
+    let chart =
+        shown.browser.value("document.getElementById('chart').getAttribute('aria-label')").await;
+    assert!(chart.as_str().unwrap().starts_with("100 numbers, from "), "{chart}");
 }
 
 #[tokio::test]
 #[ignore = "needs a browser: make test-page"]
 async fn the_documentation_is_shown() {
     let shown = Shown::new(&[]).await;
-    shown
-        .browser
-        .open(&format!("http://{}/docs", shown.address))
-        .await;
-    eventually("it is shown", async || {
-        shown.browser.texts(".route").await.len() >= 9
-    })
-    .await;
+    shown.browser.open(&format!("http://{}/docs", shown.address)).await;
+    eventually("it is shown", async || shown.browser.texts(".route").await.len() >= 9).await;
     let text = shown.browser.text("main").await;
     let description = get(&shown.address, "/openapi.json", &[]).await.json();
     for path in description["paths"].as_object().unwrap().keys() {

@@ -16,20 +16,14 @@ async fn sigterm_ends_every_service_with_status_0_and_loses_nothing() {
     let (mut gateway, _) = pipeline.gateway().await;
     ticks.until(|done| done.outcome == Outcome::Published).await;
     let begun = Instant::now();
-    assert!(
-        multiplier.terminate().await.success(),
-        "{}",
-        multiplier.log()
-    );
+    assert!(multiplier.terminate().await.success(), "{}", multiplier.log());
     for mut generator in generators {
         assert!(generator.terminate().await.success(), "{}", generator.log());
     }
     assert!(gateway.terminate().await.success(), "{}", gateway.log());
     assert!(begun.elapsed() < Duration::from_secs(5));
     let done = ticks.all_so_far().await;
-    let published = done
-        .iter()
-        .filter(|done| done.outcome == Outcome::Published);
+    let published = done.iter().filter(|done| done.outcome == Outcome::Published);
     let published: Vec<_> = published.map(|done| Some(done.slot.to_string())).collect();
     let stored = pipeline.history().await;
     let stored: Vec<_> = stored.into_iter().map(|entry| entry.message_id).collect();
@@ -75,11 +69,7 @@ async fn sigterm_with_products_due() {
         } else {
             pipeline.broker.kill();
             assert_eq!(multiplier.wait().await.code(), Some(1));
-            assert!(
-                multiplier.log().contains("they are lost"),
-                "{}",
-                multiplier.log()
-            );
+            assert!(multiplier.log().contains("they are lost"), "{}", multiplier.log());
         }
     }
 }
@@ -87,10 +77,7 @@ async fn sigterm_with_products_due() {
 #[tokio::test]
 async fn settings_come_from_the_environment_too() {
     let scratch = Scratch::new();
-    let variables = [
-        ("EVENODD_PARITY", "odd"),
-        ("EVENODD_NATS", "nats://127.0.0.1:9"),
-    ];
+    let variables = [("EVENODD_PARITY", "odd"), ("EVENODD_NATS", "nats://127.0.0.1:9")];
     let mut generator = Process::start_with(&scratch, "generator", &[], &variables);
     generator.wait_for("127.0.0.1:9").await;
     generator.wait_for("numbers.odd").await;
@@ -102,15 +89,7 @@ async fn settings_come_from_the_environment_too() {
 #[tokio::test]
 async fn wrong_settings_are_all_named_with_status_2() {
     let scratch = Scratch::new();
-    let wrong = [
-        "--drain-ms",
-        "1",
-        "--log-format",
-        "xml",
-        "--nats",
-        ":",
-        "--colour",
-    ];
+    let wrong = ["--drain-ms", "1", "--log-format", "xml", "--nats", ":", "--colour"];
     for (binary, own) in [
         ("generator", ["--parity", "prime"]),
         ("multiplier", ["--slot-ms", "0"]),
@@ -142,22 +121,12 @@ async fn a_port_that_is_taken_is_a_clear_error() {
 #[tokio::test]
 async fn logs_are_json_when_asked_for() {
     let scratch = Scratch::new();
-    let args = [
-        "--parity",
-        "odd",
-        "--log-format",
-        "json",
-        "--nats",
-        "nats://127.0.0.1:9",
-    ];
+    let args = ["--parity", "odd", "--log-format", "json", "--nats", "nats://127.0.0.1:9"];
     let mut generator = Process::start(&scratch, "generator", &args);
     generator.wait_for("answering").await;
     assert!(generator.terminate().await.success());
     for line in generator.log().lines() {
         let event: serde_json::Value = serde_json::from_str(line).unwrap();
-        assert!(
-            event["level"].is_string() && event["message"].is_string(),
-            "{line}"
-        );
+        assert!(event["level"].is_string() && event["message"].is_string(), "{line}");
     }
 }

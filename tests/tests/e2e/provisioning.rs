@@ -14,16 +14,7 @@ async fn creates_and_is_idempotent() {
     assert_eq!(config.subjects, [subjects::PUBLISHED]);
     assert!(config.deny_delete && config.deny_purge && config.allow_direct);
     assert_eq!(config.discard, stream::DiscardPolicy::New);
-    assert_eq!(
-        context
-            .get_stream(TICKS)
-            .await
-            .unwrap()
-            .cached_info()
-            .config
-            .max_messages,
-        1
-    );
+    assert_eq!(context.get_stream(TICKS).await.unwrap().cached_info().config.max_messages, 1);
     let (status, output) = pipeline.evenodd(&["provision"]).await;
     assert_eq!(status, Some(0));
     assert_eq!(output.matches("as it must be").count(), 2, "{output}");
@@ -35,20 +26,10 @@ async fn refuses_what_could_lose_history_and_applies_what_cannot() {
     let payload = Product::new(846, 511).unwrap().encode();
     for _ in 0..10 {
         let payload = payload.clone().into();
-        pipeline
-            .client
-            .publish(subjects::PUBLISHED, payload)
-            .await
-            .unwrap();
+        pipeline.client.publish(subjects::PUBLISHED, payload).await.unwrap();
     }
     let context = jetstream::new(pipeline.client.clone());
-    let right = context
-        .get_stream(NUMBERS)
-        .await
-        .unwrap()
-        .cached_info()
-        .config
-        .clone();
+    let right = context.get_stream(NUMBERS).await.unwrap().cached_info().config.clone();
     let update = async |change: &dyn Fn(&mut stream::Config)| {
         let mut config = right.clone();
         change(&mut config);
@@ -58,26 +39,15 @@ async fn refuses_what_could_lose_history_and_applies_what_cannot() {
 
     let (status, output) = update(&|config| config.subjects.push("other".into())).await;
     assert_eq!(status, Some(1));
-    assert!(
-        output.contains("REFUSED") && output.contains("subjects"),
-        "{output}"
-    );
+    assert!(output.contains("REFUSED") && output.contains("subjects"), "{output}");
     let (status, output) = update(&|config| {
         config.description = None;
         config.max_messages = 1000;
     })
     .await;
     assert_eq!(status, Some(0));
-    assert!(
-        output.contains("description") && output.contains("max_msgs"),
-        "{output}"
-    );
-    let now = context
-        .get_stream(NUMBERS)
-        .await
-        .unwrap()
-        .cached_info()
-        .clone();
+    assert!(output.contains("description") && output.contains("max_msgs"), "{output}");
+    let now = context.get_stream(NUMBERS).await.unwrap().cached_info().clone();
     assert_eq!((now.config.max_messages, now.state.messages), (-1, 10));
 }
 
@@ -96,27 +66,14 @@ async fn a_subject_that_belongs_to_another_stream_is_a_clear_error() {
     let mut provision = Process::start(&scratch, "evenodd", &args);
     assert_eq!(provision.wait().await.code(), Some(1));
     let log = provision.log();
-    assert!(
-        log.contains("FOREIGN") && log.contains("numbers.published"),
-        "{log}"
-    );
+    assert!(log.contains("FOREIGN") && log.contains("numbers.published"), "{log}");
 }
 
 #[tokio::test]
 async fn without_a_broker_it_waits_and_then_fails_clearly() {
     let scratch = Scratch::new();
-    let args = [
-        "provision",
-        "--nats",
-        "nats://127.0.0.1:9",
-        "--wait-ms",
-        "500",
-    ];
+    let args = ["provision", "--nats", "nats://127.0.0.1:9", "--wait-ms", "500"];
     let mut provision = Process::start(&scratch, "evenodd", &args);
     assert_eq!(provision.wait().await.code(), Some(1));
-    assert!(
-        provision.log().contains("is the broker running"),
-        "{}",
-        provision.log()
-    );
+    assert!(provision.log().contains("is the broker running"), "{}", provision.log());
 }

@@ -9,9 +9,7 @@ use tests::{Pipeline, eventually};
 fn ids(list: &Value, service: &str) -> Vec<String> {
     let replicas = list["replicas"].as_array().unwrap().iter();
     let of_service = replicas.filter(|replica| replica["service"] == service);
-    of_service
-        .map(|replica| replica["id"].as_str().unwrap().to_owned())
-        .collect()
+    of_service.map(|replica| replica["id"].as_str().unwrap().to_owned()).collect()
 }
 
 #[tokio::test]
@@ -36,10 +34,7 @@ async fn every_replica_is_listed_while_it_lives() {
         assert_eq!(replica["version"], env!("CARGO_PKG_VERSION"));
         assert!(replica["started"].as_str().unwrap().starts_with("20"));
         // The gateway was asked too early, which counts.
-        assert!(
-            replica["service"] == "gateway" || replica["errors"] == 0,
-            "{replica}"
-        );
+        assert!(replica["service"] == "gateway" || replica["errors"] == 0, "{replica}");
     }
     // The latest tick was done by one of the multipliers, and is not always the same.
     let mut slots = Vec::new();
@@ -56,31 +51,19 @@ async fn every_replica_is_listed_while_it_lives() {
     })
     .await;
     doomed.kill();
-    eventually("the killed one is gone", async || {
-        counts().await == [1, 2, 2, 1]
-    })
-    .await;
+    eventually("the killed one is gone", async || counts().await == [1, 2, 2, 1]).await;
     let _new = pipeline.generator(Parity::Even).await;
-    eventually("the new one is there", async || {
-        counts().await == [2, 2, 2, 1]
-    })
-    .await;
+    eventually("the new one is there", async || counts().await == [2, 2, 2, 1]).await;
     // Without the broker the list is the last one there was, and says so.
     pipeline.broker.kill();
     eventually("the list is old", async || {
-        get(&address, "/replicas", &[])
-            .await
-            .header("age")
-            .is_some()
+        get(&address, "/replicas", &[]).await.header("age").is_some()
     })
     .await;
     assert_eq!(counts().await, [2, 2, 2, 1]);
     pipeline.broker.restart(&pipeline.scratch).await;
     eventually("all are back", async || {
-        get(&address, "/replicas", &[])
-            .await
-            .header("age")
-            .is_none()
+        get(&address, "/replicas", &[]).await.header("age").is_none()
             && counts().await == [2, 2, 2, 1]
     })
     .await;
@@ -103,11 +86,7 @@ async fn foreign_answers_do_no_harm() {
                 r#"{{"name":"x","id":"{n}","version":"1.0.0","started":"2026-01-01T00:00:00Z"}}"#
             ),
         };
-        pipeline
-            .client
-            .publish(reply.clone(), payload.into())
-            .await
-            .unwrap();
+        pipeline.client.publish(reply.clone(), payload.into()).await.unwrap();
     }
     eventually("the foreign ones are listed", async || {
         let answer = get(&address, "/replicas", &[]).await;

@@ -16,11 +16,7 @@ struct Up {
 /// A port that nobody listens on, nor on the one 4000 above it.
 fn free_port() -> u16 {
     loop {
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         if port <= 61_535 && TcpListener::bind(("127.0.0.1", port + 4000)).is_ok() {
             return port;
         }
@@ -48,9 +44,7 @@ fn start(scratch: &Scratch, nats_port: u16, http_port: u16) -> Up {
 }
 
 async fn last_seq(up: &Up) -> u64 {
-    get(&up.http, "/numbers", &[]).await.json()["last_seq"]
-        .as_u64()
-        .unwrap()
+    get(&up.http, "/numbers", &[]).await.json()["last_seq"].as_u64().unwrap()
 }
 
 #[tokio::test]
@@ -67,13 +61,7 @@ async fn runs_restarts_what_dies_and_continues_the_history() {
     // One child after the other is killed: each is started again, and no slot is missed.
     let client = async_nats::connect(&up.nats).await.unwrap();
     let mut ticks = Ticks::watch(&client).await;
-    for binary in [
-        "generator",
-        "multiplier",
-        "gateway",
-        "generator",
-        "multiplier",
-    ] {
+    for binary in ["generator", "multiplier", "gateway", "generator", "multiplier"] {
         ticks.next().await;
         let pid = children(up.process.pid(), binary)[0];
         kill(pid);
@@ -85,11 +73,7 @@ async fn runs_restarts_what_dies_and_continues_the_history() {
     kill(children(up.process.pid(), "nats-server")[0]);
     ticks.until(|done| done.product.is_some()).await;
     ticks.take(3).await;
-    assert!(
-        ticks.irregular().values().all(|&count| count == 0),
-        "{:?}",
-        ticks.irregular()
-    );
+    assert!(ticks.irregular().values().all(|&count| count == 0), "{:?}", ticks.irregular());
 
     eventually("the gateway is back", async || {
         tokio::net::TcpStream::connect(&up.http).await.is_ok()
@@ -135,8 +119,7 @@ async fn nothing_is_left_behind_when_it_is_killed() {
     assert_eq!(all.len(), 8);
     up.process.kill();
     eventually("all children are gone", async || {
-        all.iter()
-            .all(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists())
+        all.iter().all(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists())
     })
     .await;
     let mut up = start(&scratch, nats_port, http_port);

@@ -93,11 +93,7 @@ async fn keep_running(spec: Spec, stop: CancellationToken) {
         let started = Instant::now();
         match spawn(&spec) {
             Ok(child) => run(&spec, child, &stop).await,
-            Err(error) => warn!(
-                "{}: cannot start {}: {error}",
-                spec.label,
-                spec.program.display()
-            ),
+            Err(error) => warn!("{}: cannot start {}: {error}", spec.label, spec.program.display()),
         }
         if started.elapsed() >= HEALTHY {
             pause = Duration::ZERO;
@@ -114,14 +110,8 @@ async fn keep_running(spec: Spec, stop: CancellationToken) {
 /// Runs a child until it dies, or is told to stop and has stopped.
 async fn run(spec: &Spec, mut child: Child, stop: &CancellationToken) {
     let output = [
-        child
-            .stdout
-            .take()
-            .map(|out| tokio::spawn(print(spec.clone(), out))),
-        child
-            .stderr
-            .take()
-            .map(|err| tokio::spawn(print(spec.clone(), err))),
+        child.stdout.take().map(|out| tokio::spawn(print(spec.clone(), out))),
+        child.stderr.take().map(|err| tokio::spawn(print(spec.clone(), err))),
     ];
     tokio::select! {
         status = child.wait() => match status {
@@ -179,11 +169,7 @@ fn spawn(spec: &Spec) -> std::io::Result<Child> {
     let mut command = Command::new(&spec.program);
     command
         .args(&spec.args)
-        .envs(
-            spec.servers
-                .as_ref()
-                .map(|servers| ("EVENODD_NATS", servers)),
-        )
+        .envs(spec.servers.as_ref().map(|servers| ("EVENODD_NATS", servers)))
         .stdin(match &spec.holds {
             Some(file) => Stdio::from(file.try_clone()?),
             None => Stdio::null(),

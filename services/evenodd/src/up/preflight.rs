@@ -35,11 +35,7 @@ pub async fn check(up: &Up) -> Result<Ready, Vec<String>> {
             faults.push(format!("{fault:#}"));
         }
     };
-    let mut ready = Ready {
-        binaries: PathBuf::new(),
-        data: up.data.clone(),
-        lock: None,
-    };
+    let mut ready = Ready { binaries: PathBuf::new(), data: up.data.clone(), lock: None };
     note(binaries().map(|path| ready.binaries = path));
     // Held until all are checked, so that a port that is wanted twice is found as well.
     let mut held = Vec::new();
@@ -57,11 +53,7 @@ pub async fn check(up: &Up) -> Result<Ready, Vec<String>> {
             ready.lock = Some(Arc::new(lock));
         }));
     }
-    if faults.is_empty() {
-        Ok(ready)
-    } else {
-        Err(faults)
-    }
+    if faults.is_empty() { Ok(ready) } else { Err(faults) }
 }
 
 fn binaries() -> anyhow::Result<PathBuf> {
@@ -84,13 +76,9 @@ fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
 
 async fn is_new_enough(nats_server: &Path) -> anyhow::Result<()> {
     let shown = nats_server.display();
-    let output = Command::new(nats_server)
-        .arg("--version")
-        .output()
-        .await
-        .with_context(|| {
-            format!("cannot run {shown}; `nats/install` gets one, --nats-server names one")
-        })?;
+    let output = Command::new(nats_server).arg("--version").output().await.with_context(|| {
+        format!("cannot run {shown}; `nats/install` gets one, --nats-server names one")
+    })?;
     let text = String::from_utf8_lossy(&output.stdout);
     let version = text.trim().trim_start_matches("nats-server: v");
     let mut parts = version.split('.').map(|part| part.parse::<u32>().ok());
@@ -101,10 +89,7 @@ async fn is_new_enough(nats_server: &Path) -> anyhow::Result<()> {
             MINIMUM.0,
             MINIMUM.1
         ),
-        _ => bail!(
-            "{shown} is no nats-server: `--version` prints {:?}",
-            text.trim()
-        ),
+        _ => bail!("{shown} is no nats-server: `--version` prints {:?}", text.trim()),
     }
 }
 
@@ -112,9 +97,7 @@ async fn is_new_enough(nats_server: &Path) -> anyhow::Result<()> {
 fn store(data: &Path) -> anyhow::Result<(PathBuf, File)> {
     let shown = data.display();
     fs::create_dir_all(data).with_context(|| format!("cannot make the data directory {shown}"))?;
-    let data = data
-        .canonicalize()
-        .with_context(|| format!("data directory {shown}"))?;
+    let data = data.canonicalize().with_context(|| format!("data directory {shown}"))?;
     let lock = File::create(data.join("lock"))
         .with_context(|| format!("cannot write to the data directory {shown}"))?;
     match lock.try_lock() {
