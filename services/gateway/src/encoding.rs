@@ -22,7 +22,7 @@ pub enum Encoding {
 
 impl Encoding {
     /// The compressed ones, the one that takes the fewest bytes first.
-    const COMPRESSED: [Self; 3] = [Self::Brotli, Self::Zstd, Self::Gzip];
+    const COMPRESSED: [Self; 3] = [Self::Zstd, Self::Brotli, Self::Gzip];
 
     /// Its name in `Content-Encoding`; none for the identity.
     pub fn name(self) -> Option<&'static str> {
@@ -185,13 +185,14 @@ mod tests {
             ("", Identity),
             ("gzip", Gzip),
             ("GZIP", Gzip),
-            ("gzip, deflate, br, zstd", Brotli),
+            ("gzip, deflate, br, zstd", Zstd),
+            ("gzip, deflate, br", Brotli),
             ("gzip, zstd", Zstd),
             ("br;q=0.5, gzip", Gzip),
             ("br;q=0, gzip;q=0", Identity),
-            ("*", Brotli),
+            ("*", Zstd),
             ("*;q=0", Identity),
-            ("br;q=0, *", Zstd),
+            ("zstd;q=0, *", Brotli),
             ("identity, gzip;q=0.5", Identity),
             ("gzip, identity;q=0", Gzip),
             ("deflate", Identity),

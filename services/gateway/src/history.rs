@@ -27,8 +27,8 @@ use crate::snapshot::{Format, Number, Snapshot};
 const AT_ONCE: usize = 8;
 /// How long a request waits for its turn before it is refused.
 const TURN: Duration = Duration::from_secs(1);
-/// The pause between two reads of one export: at most 100,000 numbers a second.
-const EXPORT_PAUSE: Duration = Duration::from_millis(10);
+/// From one read of an export to the next: at most 100,000 numbers a second.
+const EXPORT_PACE: Duration = Duration::from_millis(10);
 
 /// Bounded reads of the history.
 pub struct History {
@@ -159,6 +159,7 @@ impl History {
             until,
             format,
             next: ControlFlow::Break(()),
+            not_before: Instant::now(),
             _permit: permit,
         };
         let mut head = String::new();
@@ -170,7 +171,8 @@ impl History {
             let ControlFlow::Continue(after) = export.next else {
                 return Ok(None);
             };
-            tokio::time::sleep(EXPORT_PAUSE).await;
+            tokio::time::sleep_until(export.not_before).await;
+            export.not_before = Instant::now() + EXPORT_PACE;
             let entries = export.history.read_on(after, MAX_BATCH, false).await;
             let entries = entries.map_err(|problem| io::Error::other(problem.to_string()))?;
             let chunk = export.take(entries);
@@ -189,6 +191,7 @@ struct Export {
     format: Format,
     /// After which sequence to go on, if at all.
     next: ControlFlow<(), u64>,
+    not_before: Instant,
     _permit: OwnedSemaphorePermit,
 }
 
