@@ -13,7 +13,7 @@ use crate::PATIENCE;
 pub struct Answer {
     /// The status code.
     pub status: u16,
-    /// The status line and the headers, in lower case.
+    /// The status line and the headers, their names in lower case.
     pub head: String,
     /// The body as text.
     pub body: String,
@@ -37,7 +37,7 @@ impl Answer {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 
-    /// A header's value in lower case, if it is there.
+    /// A header's value, if it is there.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
         header(&self.head, name)

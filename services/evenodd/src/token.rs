@@ -37,7 +37,7 @@ impl Token {
         let content = std::fs::read(&self.key).with_context(|| {
             format!("cannot read {file}; `openssl rand -hex 32 > {file}` makes a secret")
         })?;
-        let (key, algorithm) = if content.starts_with(b"-----BEGIN") {
+        let (key, algorithm) = if String::from_utf8_lossy(&content).contains("-----BEGIN") {
             [
                 (EncodingKey::from_rsa_pem(&content), Algorithm::RS256),
                 (EncodingKey::from_ec_pem(&content), Algorithm::ES256),

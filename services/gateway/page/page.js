@@ -17,6 +17,8 @@ let numbers = []; // oldest first
 let lastSeq = 0;
 let feed = null;
 let restartTimer = 0;
+let runs = 0; // how often the page has started over
+let failures = 0; // polls in a row
 let behind = 0; // polls that knew of more than the feed has brought
 let clockOffsetMs = 0; // the gateway's clock less ours
 let replicas = new Map(); // by id, with the time at which each was last listed
@@ -55,54 +57,65 @@ function show(state, text) {
 // ---- reading
 
 async function get(path) {
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const used = token;
+  const headers = used ? { Authorization: `Bearer ${used}` } : {};
   const answer = await fetch(path, { headers, cache: "no-store", signal: AbortSignal.timeout(5000) });
   const date = Date.parse(answer.headers.get("date"));
   if (date) clockOffsetMs = date - Date.now();
-  if (answer.status === 401) askForToken();
+  // An answer to a token that was replaced meanwhile says nothing.
+  if (answer.status === 401 && used === token) askForToken();
   return answer;
 }
 
-async function start() {
+/** Ends whatever is going on, so that there is one feed at most. */
+function stop() {
+  runs += 1;
   clearTimeout(restartTimer);
+  restartTimer = 0;
   feed?.close();
   feed = null;
   behind = 0;
+}
+
+async function start() {
+  stop();
+  const run = runs;
   try {
     const answer = await get("/numbers");
+    const body = await answer.json();
+    if (run !== runs || answer.status === 401) return;
     if (!answer.ok) {
-      if (answer.status !== 401) {
-        show("disconnected", `not ready: ${(await answer.json()).detail}`);
-        restart();
-      }
+      show("disconnected", `not ready: ${body.detail}`);
+      restart();
       return;
     }
-    const body = await answer.json();
     numbers = body.numbers.reverse();
     lastSeq = body.last_seq;
     element("access").hidden = true;
     // A link sends no token.
     for (const link of document.querySelectorAll("a.data")) link.hidden = token !== "";
     draw();
-    // The tag is W/"<stream>-<last sequence>".
-    const stream = answer.headers.get("etag").split('"')[1].split("-")[0];
-    follow(stream);
+    // The tag is W/"<stream>-<last sequence>"; a proxy may have taken it away.
+    follow(answer.headers.get("etag")?.split('"')[1]?.split("-")[0]);
   } catch {
-    show("disconnected", "disconnected: trying again");
-    restart();
+    if (run === runs) lost();
   }
 }
 
 /** Not all tabs at once: somewhere within three seconds. */
 function restart() {
-  feed?.close();
-  feed = null;
-  clearTimeout(restartTimer);
+  stop();
   restartTimer = setTimeout(start, 500 + Math.random() * 2500);
 }
 
+function lost() {
+  show("disconnected", "disconnected: trying again");
+  restart();
+}
+
 function follow(stream) {
-  const query = new URLSearchParams({ after: lastSeq, stream });
+  const query = new URLSearchParams({ after: lastSeq });
+  if (stream) query.set("stream", stream);
   if (token) query.set("access_token", token);
   feed = new EventSource(`/numbers/live?${query}`);
   feed.onopen = () => show("live", "live");
@@ -118,43 +131,42 @@ function follow(stream) {
   feed.addEventListener("reset", start);
   feed.addEventListener("shutdown", restart);
   feed.addEventListener("expired", start);
-  feed.onerror = () => {
-    show("disconnected", "disconnected: trying again");
-    restart();
-  };
+  feed.onerror = lost;
 }
 
 /** What the feed cannot say: whether the gateway is well, and who is alive. */
 async function poll() {
   try {
+    if (!element("access").hidden) return;
     const ready = await get("/readyz");
     const body = await ready.json();
     if (!ready.ok) {
       show("stale", `stale: ${body.detail}`);
-    } else if (feed) {
+    } else if (feed?.readyState === EventSource.OPEN) {
+      const newest = numbers.at(-1);
+      const quiet = newest && serverNow() - Date.parse(newest.published_at) > QUIET_MS;
+      show(quiet ? "stale" : "live", quiet ? "no new numbers" : "live");
       // A connection that was cut without a word brings nothing any more.
       behind = body.last_seq > lastSeq ? behind + 1 : 0;
       if (behind > 2) restart();
-      const newest = numbers.at(-1);
-      const quiet = newest && serverNow() - Date.parse(newest.published_at) > QUIET_MS;
-      if (feed?.readyState === EventSource.OPEN) {
-        show(quiet ? "stale" : "live", quiet ? "no new numbers" : "live");
-      }
     }
     const list = await get("/replicas");
     if (list.ok) drawReplicas(await list.json());
+    failures = 0;
   } catch {
-    show("disconnected", "disconnected: trying again");
-    if (!restartTimer) restart();
+    // One answer may get lost; the feed says when it is cut.
+    failures += 1;
+    if (failures > 1 && !restartTimer) lost();
+  } finally {
+    drawRate();
+    setTimeout(poll, POLL_MS);
   }
-  drawRate();
 }
 
 // ---- access
 
 function askForToken() {
-  feed?.close();
-  feed = null;
+  stop();
   element("refused").textContent = token ? "That token is not accepted." : "";
   element("access").hidden = false;
   show("disconnected", "a token is needed");
@@ -234,6 +246,11 @@ function drawRate() {
   element("rate").textContent = numbers.length ? decimal.format(Math.round(rate)) : "–";
 }
 
+/** What a service counts. */
+function work(service) {
+  return { even: "numbers given", odd: "numbers given", multiplier: "ticks done", gateway: "requests" }[service] ?? "requests";
+}
+
 function drawReplicas({ replicas: listed, latest_tick: tick }) {
   const now = Date.now();
   for (const replica of listed) replicas.set(replica.id, { ...replica, at: now });
@@ -250,8 +267,8 @@ function drawReplicas({ replicas: listed, latest_tick: tick }) {
     const items = all.map((replica) => {
       const lost = replica.at !== now;
       const ticked = !lost && replica.id === tick?.multiplier;
-      const done = `${decimal.format(replica.requests)} done, ${decimal.format(replica.errors)} failed`;
-      const note = lost ? "lost" : ticked ? `${done}, did the latest tick` : done;
+      const done = `${decimal.format(replica.requests)} ${work(name)}, ${decimal.format(replica.errors)} failed`;
+      const note = lost ? "lost" : ticked ? `${done}; did the latest tick` : done;
       const kind = lost ? "lost" : ticked ? "ticked" : "alive";
       const attributes = { class: kind, title: `${replica.id}, since ${replica.started}` };
       return make("li", attributes, replica.id.slice(-6), make("small", {}, note));
@@ -265,4 +282,3 @@ function drawReplicas({ replicas: listed, latest_tick: tick }) {
 element("expected").textContent = decimal.format(Math.round(TICKS_A_MINUTE * publishProbability()));
 start();
 poll();
-setInterval(poll, POLL_MS);

@@ -139,7 +139,8 @@ fn quality(
     let weights = ranges.flat_map(|value| value.split(',')).filter_map(|range| {
         let mut parts = range.split(';').map(str::trim);
         let specific = specificity(parts.next()?)?;
-        let weight = parts.find_map(|part| part.strip_prefix("q=")?.parse().ok());
+        let weight =
+            parts.find_map(|part| part.to_ascii_lowercase().strip_prefix("q=")?.parse().ok());
         Some((specific, weight.unwrap_or(1.0)))
     });
     weights.max_by_key(|&(specific, _)| specific).map_or(0.0, |(_, weight)| weight)

@@ -4,15 +4,15 @@
 //! direct get, never by a consumer, and within bounds: blocks of a compressed stream that are read
 //! at random stay in the broker's memory for a while.
 
+use std::convert::Infallible;
 use std::io;
-use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::Client;
 use bytes::Bytes;
 use contract::streams::NUMBERS;
-use futures::{Stream, stream};
+use futures::{Stream, StreamExt, stream};
 use runtime::history::{self, Entry, MAX_BATCH, Start};
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -27,24 +27,21 @@ use crate::snapshot::{Format, Number, Snapshot};
 const AT_ONCE: usize = 8;
 /// How long a request waits for its turn before it is refused.
 const TURN: Duration = Duration::from_secs(1);
+/// How long to wait before a read that should have found something is made again.
+const BEHIND: [Duration; 3] =
+    [Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(200)];
 /// From one read of an export to the next: at most 100,000 numbers a second.
 const EXPORT_PACE: Duration = Duration::from_millis(10);
 
-/// Bounded reads of the history.
+/// Bounded reads of the history. Requests and feeds have a budget each, so that neither takes the
+/// other's; both are filled again at the same rate.
 pub struct History {
     client: Client,
     at_once: Semaphore,
     exports: Arc<Semaphore>,
-    rate: Rate,
-}
-
-/// Where a page or an export begins.
-#[derive(Clone, Copy, Debug)]
-pub enum Position {
-    /// With the sequence that follows this one.
-    After(u64),
-    /// With the first number that was stored at this time or later.
-    From(OffsetDateTime),
+    reads_per_s: u32,
+    for_requests: Semaphore,
+    for_feeds: Semaphore,
 }
 
 /// A part of the history.
@@ -67,13 +64,28 @@ impl Page {
 }
 
 impl History {
-    /// Bounds: random reads a second, and exports at once.
+    /// Bounds: reads a second, and exports at once.
     pub fn new(client: Client, reads_per_s: u32, exports: u32) -> Self {
         Self {
             client,
             at_once: Semaphore::new(AT_ONCE),
             exports: Arc::new(Semaphore::new(exports as usize)),
-            rate: Rate::new(reads_per_s),
+            reads_per_s,
+            for_requests: Semaphore::new(reads_per_s as usize),
+            for_feeds: Semaphore::new(reads_per_s as usize),
+        }
+    }
+
+    /// Fills the budgets again, for ever.
+    pub async fn refill(&self) -> Infallible {
+        let mut interval = tokio::time::interval(Duration::from_secs(1) / self.reads_per_s);
+        loop {
+            interval.tick().await;
+            for budget in [&self.for_requests, &self.for_feeds] {
+                if budget.available_permits() < self.reads_per_s as usize {
+                    budget.add_permits(1);
+                }
+            }
         }
     }
 
@@ -84,26 +96,17 @@ impl History {
     pub async fn page(
         &self,
         snapshot: &Snapshot,
-        position: Position,
+        start: Start,
         limit: usize,
     ) -> Result<Page, Problem> {
-        let held: Option<Vec<Number>> = match position {
-            Position::After(seq) => snapshot
-                .numbers_after(seq)
-                .map(|numbers| numbers.take(limit + 1).cloned().collect()),
-            Position::From(time) => snapshot
-                .numbers_from(time)
-                .map(|numbers| numbers.take(limit + 1).cloned().collect()),
-        };
-        if let Some(mut numbers) = held {
+        if let Some(held) = snapshot.held(start) {
+            let mut numbers: Vec<Number> = held.take(limit + 1).cloned().collect();
             let more = numbers.len() > limit;
             numbers.truncate(limit);
             let next = numbers.last().filter(|_| more).map(|number| number.seq);
             return Ok(Page::new(snapshot, numbers, next));
         }
-        self.rate.admit().map_err(too_many)?;
-        let turn = tokio::time::timeout(TURN, self.read(position.into(), limit));
-        let mut entries = turn.await.map_err(|_| too_many(TURN))??;
+        let mut entries = self.read(start, limit).await?;
         // The stream may have grown since; then the rest is on the next page.
         entries.retain(|entry| entry.sequence <= snapshot.last_seq);
         let end = entries.last().map(|entry| entry.sequence);
@@ -111,29 +114,46 @@ impl History {
         Ok(Page::new(snapshot, valid(&entries), next))
     }
 
-    /// The messages after a sequence, for a reader that goes on from there. It waits for its turn;
-    /// `first` is its first, random read.
+    /// A read for a request: at once or not at all.
+    async fn read(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
+        self.for_requests.try_acquire().map_err(|_| too_many(TURN))?.forget();
+        let turn = tokio::time::timeout(TURN, self.at_once.acquire());
+        let _turn = turn.await.map_err(|_| too_many(TURN))?;
+        self.read_held(start, limit).await
+    }
+
+    /// The messages after a sequence, for a feed, which waits until there is budget for it.
     ///
     /// # Errors
     /// If the broker does not answer.
-    pub async fn read_on(
-        &self,
-        after: u64,
-        limit: usize,
-        first: bool,
-    ) -> Result<Vec<Entry>, Problem> {
-        while first && let Err(wait) = self.rate.admit() {
-            tokio::time::sleep(wait).await;
+    pub async fn read_for_feed(&self, after: u64, limit: usize) -> Result<Vec<Entry>, Problem> {
+        // The semaphores are never closed.
+        if let Ok(permit) = self.for_feeds.acquire().await {
+            permit.forget();
         }
-        self.read(Position::After(after).into(), limit).await
+        self.read_in_turn(Start::Sequence(after + 1), limit).await
     }
 
-    async fn read(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
-        // The semaphore is never closed.
+    /// A read that waits for its turn.
+    async fn read_in_turn(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
         let _turn = self.at_once.acquire().await.ok();
-        history::read(&self.client, NUMBERS, start, limit)
-            .await
-            .map_err(|error| Problem::unavailable(format!("the history cannot be read: {error}")))
+        self.read_held(start, limit).await
+    }
+
+    /// Reads what is known to be there. A replica of the stream that is behind does not have it
+    /// yet; then another one is asked.
+    async fn read_held(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
+        for pause in BEHIND {
+            let read = history::read(&self.client, NUMBERS, start, limit).await;
+            let entries = read.map_err(|error| {
+                Problem::unavailable(format!("the history cannot be read: {error}"))
+            })?;
+            if !entries.is_empty() {
+                return Ok(entries);
+            }
+            tokio::time::sleep(pause).await;
+        }
+        Err(Problem::unavailable("the history cannot be read: its replica is behind"))
     }
 
     /// All numbers from a position on, up to the last one that the snapshot knows of, or to the
@@ -145,41 +165,39 @@ impl History {
     pub async fn export(
         self: &Arc<Self>,
         snapshot: &Snapshot,
-        position: Position,
+        start: Start,
         until: Option<OffsetDateTime>,
         format: Format,
     ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + 'static, Problem> {
         let permit = self.exports.clone().try_acquire_owned();
-        let permit = permit.map_err(|_| too_many(Duration::from_secs(10)))?;
-        // The first read is made before the answer begins, so that it can still be an error.
-        let entries = self.read(position.into(), MAX_BATCH).await?;
         let mut export = Export {
             history: self.clone(),
             last_seq: snapshot.last_seq,
             until,
             format,
-            next: ControlFlow::Break(()),
+            next: None,
             not_before: Instant::now(),
-            _permit: permit,
+            _permit: permit.map_err(|_| too_many(Duration::from_secs(10)))?,
         };
         let mut head = String::new();
         if format == Format::Csv {
             head.push_str("seq,number,even,odd,published_at\n");
         }
-        head += &export.take(entries);
+        // The first read is made before the answer begins, so that it can still be an error.
+        head += &match snapshot.held(start) {
+            Some(held) => format.all(held.filter(|number| export.wants(number.seq, number.time))),
+            None => export.take(self.read(start, MAX_BATCH).await?),
+        };
         let rest = stream::try_unfold(export, async |mut export| {
-            let ControlFlow::Continue(after) = export.next else {
-                return Ok(None);
-            };
+            let Some(after) = export.next else { return Ok(None) };
             tokio::time::sleep_until(export.not_before).await;
             export.not_before = Instant::now() + EXPORT_PACE;
-            let entries = export.history.read_on(after, MAX_BATCH, false).await;
-            let entries = entries.map_err(|problem| io::Error::other(problem.to_string()))?;
+            let read = export.history.read_in_turn(Start::Sequence(after + 1), MAX_BATCH).await;
+            let entries = read.map_err(|problem| io::Error::other(problem.to_string()))?;
             let chunk = export.take(entries);
             Ok(Some((Bytes::from(chunk), export)))
         });
-        let first = stream::iter([Ok(Bytes::from(head))]);
-        Ok(futures::StreamExt::chain(first, rest))
+        Ok(stream::iter([Ok(Bytes::from(head))]).chain(rest))
     }
 }
 
@@ -190,34 +208,23 @@ struct Export {
     until: Option<OffsetDateTime>,
     format: Format,
     /// After which sequence to go on, if at all.
-    next: ControlFlow<(), u64>,
+    next: Option<u64>,
     not_before: Instant,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Export {
+    fn wants(&self, seq: u64, time: OffsetDateTime) -> bool {
+        seq <= self.last_seq && self.until.is_none_or(|until| time < until)
+    }
+
     /// Writes what belongs to the export, and finds out where to go on.
     fn take(&mut self, mut entries: Vec<Entry>) -> String {
         let read = entries.len();
-        entries.retain(|entry| {
-            entry.sequence <= self.last_seq && self.until.is_none_or(|until| entry.time < until)
-        });
-        self.next = match entries.last() {
-            Some(last) if entries.len() == read && last.sequence < self.last_seq => {
-                ControlFlow::Continue(last.sequence)
-            }
-            _ => ControlFlow::Break(()),
-        };
+        entries.retain(|entry| self.wants(entry.sequence, entry.time));
+        let end = entries.last().map(|entry| entry.sequence);
+        self.next = end.filter(|end| entries.len() == read && *end < self.last_seq);
         self.format.all(&valid(&entries))
-    }
-}
-
-impl From<Position> for Start {
-    fn from(position: Position) -> Self {
-        match position {
-            Position::After(seq) => Self::Sequence(seq.saturating_add(1)),
-            Position::From(time) => Self::Time(time),
-        }
     }
 }
 
@@ -226,52 +233,35 @@ fn too_many(wait: Duration) -> Problem {
     Problem::too_many_requests(detail, wait)
 }
 
-/// So many a second, and a second's worth of them at once (the generic cell rate algorithm).
-struct Rate {
-    interval: Duration,
-    /// When the last one that was admitted would have come at an even pace.
-    even: Mutex<Instant>,
-}
-
-impl Rate {
-    const BURST: Duration = Duration::from_secs(1);
-
-    fn new(per_s: u32) -> Self {
-        Self { interval: Duration::from_secs(1) / per_s.max(1), even: Mutex::new(Instant::now()) }
-    }
-
-    /// Admits one, or says how long to wait.
-    fn admit(&self) -> Result<(), Duration> {
-        let now = Instant::now();
-        let mut even = self.even.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = (*even).max(now) + self.interval;
-        let ahead = next - now;
-        if ahead > Self::BURST {
-            return Err(ahead - Self::BURST);
-        }
-        *even = next;
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn the_rate_is_kept() {
-        let rate = Rate::new(20);
-        let burst = (0..100).filter(|_| rate.admit().is_ok()).count();
-        assert_eq!(burst, 20);
-        let wait = rate.admit().unwrap_err();
-        assert!(wait <= Duration::from_millis(50), "{wait:?}");
-        tokio::time::advance(wait).await;
-        assert_eq!(rate.admit(), Ok(()));
-        let mut admitted = 0;
-        for _ in 0..10_000 {
-            tokio::time::advance(Duration::from_millis(1)).await;
-            admitted += u32::from(rate.admit().is_ok());
+    async fn the_budgets_are_filled_at_the_rate() {
+        let client = async_nats::ConnectOptions::new().retry_on_initial_connect();
+        let client = client.connect("127.0.0.1:1").await.unwrap();
+        let history = History::new(client, 20, 1);
+        let take = || match history.for_requests.try_acquire() {
+            Ok(permit) => {
+                permit.forget();
+                true
+            }
+            Err(_) => false,
+        };
+        assert_eq!((0..100).filter(|_| take()).count(), 20);
+        let taking = async {
+            let mut taken = 0;
+            for _ in 0..10_000 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                taken += u32::from(take());
+            }
+            taken
+        };
+        tokio::select! {
+            _ = history.refill() => unreachable!(),
+            taken = taking => assert!((195..=205).contains(&taken), "{taken}"),
         }
-        assert!((195..=205).contains(&admitted), "{admitted}");
+        assert_eq!(history.for_feeds.available_permits(), 20);
     }
 }

@@ -33,7 +33,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::access::{Access, AccessSettings};
+use crate::access::Access;
 use crate::history::History;
 use crate::reader::Reader;
 use crate::replicas::{List, Replicas};
@@ -94,7 +94,7 @@ pub struct Settings {
     history_reads: u32,
 
     #[command(flatten)]
-    access: AccessSettings,
+    access: Access,
 }
 
 /// What everybody who answers needs.
@@ -103,7 +103,7 @@ struct Gateway {
     state: Arc<State>,
     history: Arc<History>,
     replicas: watch::Receiver<List>,
-    access: Option<Arc<Access>>,
+    access: Access,
     event_streams: Arc<Semaphore>,
     request_time: Duration,
     counters: Arc<Counters>,
@@ -116,7 +116,6 @@ impl Service for Settings {
     }
 
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let access = Access::new(self.access.clone())?;
         serve::raise_file_limit(self.max_connections);
         let listener = TcpListener::bind(self.http).await.with_context(|| {
             format!("cannot listen on {}; choose another address with --http", self.http)
@@ -127,13 +126,14 @@ impl Service for Settings {
         let state = Arc::new(State::new());
         let reader = Reader::new(client.clone(), state.clone()).await?;
         let (replicas, list) = Replicas::new(client.clone()).await?;
-        let reload = access.clone();
+        let history = History::new(client.clone(), self.history_reads, self.max_exports);
+        let history = Arc::new(history);
         let routes = routes::all(Arc::new(Gateway {
-            history: Arc::new(History::new(client.clone(), self.history_reads, self.max_exports)),
+            history: history.clone(),
             client: client.clone(),
             state,
             replicas: list,
-            access,
+            access: self.access.clone(),
             event_streams: Arc::new(Semaphore::new(self.max_event_streams as usize)),
             request_time: self.request_ms,
             counters: micro.counters.clone(),
@@ -150,17 +150,11 @@ impl Service for Settings {
         tokio::select! {
             never = reader.run() => never?,
             never = replicas.run() => never?,
-            never = reload_on_hangup(reload) => never?,
+            never = self.access.reload_on_hangup() => match never? {},
+            never = history.refill() => match never {},
             () = serve::serve(listener, routes, bounds, shutdown) => {}
         }
         connection::flush(&client).await;
         Ok(())
-    }
-}
-
-async fn reload_on_hangup(access: Option<Arc<Access>>) -> anyhow::Result<()> {
-    match access {
-        Some(access) => access.reload_on_hangup().await,
-        None => std::future::pending().await,
     }
 }

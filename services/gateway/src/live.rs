@@ -9,7 +9,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use contract::streams::NUMBERS;
 use futures::Stream;
-use runtime::history::Entry;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::sync::{OwnedSemaphorePermit, watch};
@@ -23,8 +22,7 @@ use crate::snapshot::{CATCH_UP, Format, Snapshot, stream_id};
 const HEARTBEAT: Duration = Duration::from_secs(15);
 /// How many messages a client that is far behind gets at once; bounds the memory that it takes.
 const BATCH: usize = 250;
-/// The pause between two of these, and after a read that failed.
-const PAUSE: Duration = Duration::from_millis(20);
+/// The pause after a read that failed.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// Where a client wants to begin.
@@ -46,8 +44,6 @@ pub struct Feed {
     position: u64,
     /// Since when the position is beyond the end of the stream.
     beyond: Option<Instant>,
-    /// The client goes on reading the history where it was.
-    reading: bool,
     /// What to say first.
     greeting: Option<String>,
     /// When the client's permission ends.
@@ -75,7 +71,6 @@ impl Feed {
             created: snapshot.created,
             position: wish.after.unwrap_or(snapshot.last_seq),
             beyond: None,
-            reading: false,
             greeting: (format == Format::Events).then(|| format!("retry: {retry_ms}\n\n")),
             ends,
             ended: false,
@@ -108,13 +103,13 @@ impl Feed {
             if let Some(last_word) = self.last_word() {
                 return Some(last_word);
             }
-            if let Some(chunk) = self.ready().await {
+            let wake = self.ends.map_or(heartbeat, |ends| ends.min(heartbeat));
+            if let Some(chunk) = self.ready(wake).await {
                 return Some(chunk);
             }
-            // The position may become one beyond the end without a new snapshot.
+            // The position may turn out to be beyond the end without a new snapshot.
             let look = Instant::now() + CATCH_UP / 4;
-            let wake = if self.beyond.is_some() { look.min(heartbeat) } else { heartbeat };
-            let wake = self.ends.map_or(wake, |ends| ends.min(wake));
+            let wake = if self.beyond.is_some() { look.min(wake) } else { wake };
             tokio::select! {
                 _ = self.snapshots.changed() => {}
                 () = sleep_until(wake) => {}
@@ -129,7 +124,7 @@ impl Feed {
     }
 
     /// What can be said at once.
-    async fn ready(&mut self) -> Option<Bytes> {
+    async fn ready(&mut self, wake: Instant) -> Option<Bytes> {
         let snapshot = self.snapshots.borrow_and_update().clone()?;
         if snapshot.created != self.created {
             return Some(self.reset(&snapshot, "the stream was made anew").into());
@@ -137,9 +132,8 @@ impl Feed {
         if self.position > snapshot.last_seq {
             // This replica may be behind; without the broker nobody can tell.
             let since = *self.beyond.get_or_insert_with(Instant::now);
-            if !self.gateway.state.is_current() {
-                self.beyond = Some(Instant::now());
-            } else if since.elapsed() > CATCH_UP {
+            // The stream was asked after a moment in which it could have caught up.
+            if since.elapsed() > CATCH_UP + self.gateway.state.age() {
                 return Some(self.reset(&snapshot, "nothing was published there yet").into());
             }
             return None;
@@ -147,31 +141,24 @@ impl Feed {
         self.beyond = None;
         if let Some(chunk) = snapshot.feed_after(self.position, self.format) {
             self.position = snapshot.last_seq;
-            self.reading = false;
             return Some(chunk).filter(|chunk| !chunk.is_empty());
         }
-        self.read_on().await
+        self.read_on(wake).await
     }
 
     /// The next part of the history, until the snapshot holds what follows.
-    async fn read_on(&mut self) -> Option<Bytes> {
-        if self.reading {
-            sleep(PAUSE).await;
-        }
+    async fn read_on(&mut self, wake: Instant) -> Option<Bytes> {
         let read = tokio::select! {
-            read = self.gateway.history.read_on(self.position, BATCH, !self.reading) => read,
+            read = self.gateway.history.read_for_feed(self.position, BATCH) => read,
+            () = sleep_until(wake) => return None,
             () = self.gateway.shutdown.cancelled() => return None,
         };
-        // The end of the history is no answer here: it goes on after the position.
-        let entries: Vec<Entry> = read.unwrap_or_default();
-        let Some(last) = entries.last() else {
+        self.snapshots.mark_changed();
+        let Ok(entries) = read else {
             sleep(AFTER_FAILURE).await;
-            self.snapshots.mark_changed();
             return None;
         };
-        self.reading = true;
-        self.position = last.sequence;
-        self.snapshots.mark_changed();
+        self.position = entries.last().map_or(self.position, |last| last.sequence);
         let chunk = self.format.all(&valid(&entries));
         (!chunk.is_empty()).then(|| chunk.into())
     }
@@ -188,7 +175,6 @@ impl Feed {
         self.created = snapshot.created;
         self.position = snapshot.last_seq;
         self.beyond = None;
-        self.reading = false;
         self.event("reset", facts)
     }
 

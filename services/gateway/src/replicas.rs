@@ -24,6 +24,8 @@ const ROUND: Duration = Duration::from_secs(1);
 const GONE: Duration = Duration::from_millis(2500);
 /// More are not listed.
 const MAX_REPLICAS: usize = 1000;
+/// An answer that is longer is not read.
+const MAX_ANSWER: usize = 4096;
 
 /// An answer to `$SRV.STATS`.
 #[derive(Deserialize)]
@@ -132,7 +134,9 @@ impl Replicas {
 
     fn heard(&mut self, payload: &[u8]) {
         // What is no such answer is somebody else's.
-        let Ok(stats) = serde_json::from_slice::<Stats>(payload) else {
+        let (true, Ok(stats)) =
+            (payload.len() <= MAX_ANSWER, serde_json::from_slice::<Stats>(payload))
+        else {
             return;
         };
         let key = (stats.name.clone(), stats.id.clone());

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use runtime::connection;
-use runtime::history::MAX_BATCH;
+use runtime::history::{MAX_BATCH, Start};
 use serde::Serialize;
 use serde_json::json;
 use tracing::debug;
@@ -17,7 +17,6 @@ use warp::{Filter, Reply};
 
 use crate::Gateway;
 use crate::encoding::{Encoding, prefers};
-use crate::history::Position;
 use crate::live::{Feed, Wish};
 use crate::problem::Problem;
 use crate::query::{Query, digits};
@@ -125,9 +124,7 @@ async fn dispatch(gateway: &Arc<Gateway>, ask: &Ask) -> Answer {
         ask.query()?.end()?;
         return Ok(page(body, content_type));
     }
-    if let Some(access) = &gateway.access {
-        access.check(&ask.headers, None)?;
-    }
+    gateway.access.check(&ask.headers, None)?;
     match path {
         "/numbers" => numbers(gateway, ask).await,
         "/history" => history(gateway, ask).await,
@@ -164,45 +161,57 @@ async fn numbers(gateway: &Gateway, ask: &Ask) -> Answer {
     query.end()?;
     let limit = limit.and_then(|limit| limit.try_into().ok()).unwrap_or(LAST);
     let mut snapshot = gateway.snapshot()?;
-    let seen = ask.headers.get(header::IF_NONE_MATCH).and_then(|value| value.to_str().ok());
-    if let Some(seq) = seen.and_then(|seen| seen_sequence(&snapshot, seen))
+    let seen: Vec<&str> = ask
+        .headers
+        .get_all(header::IF_NONE_MATCH)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+        .collect();
+    if let Some(seq) = seen_sequence(&snapshot, &seen)
         && seq > snapshot.last_seq
     {
         snapshot = gateway.snapshot_with(seq).await?;
     }
-    let mut response = if seen.is_some_and(|seen| matches(&snapshot, seen)) {
+    let mut response = if prefers(&ask.headers, "text/plain", JSON) {
+        // Without a tag: a cache must not take one form for the other.
+        answer(snapshot.text(limit), TEXT)
+    } else if matches(&snapshot, &seen) {
         let mut response = Response::default();
         *response.status_mut() = StatusCode::NOT_MODIFIED;
+        response.headers_mut().insert(header::ETAG, snapshot.etag.clone());
         response
-    } else if prefers(&ask.headers, "text/plain", JSON) {
-        answer(snapshot.text(limit), TEXT)
     } else {
         let (body, encoding) = snapshot.json(limit, Encoding::accepted(&ask.headers));
         let mut response = answer(body, JSON);
         if let Some(name) = encoding.name() {
             set(&mut response, header::CONTENT_ENCODING, name);
         }
+        response.headers_mut().insert(header::ETAG, snapshot.etag.clone());
         response
     };
-    response.headers_mut().insert(header::ETAG, snapshot.etag.clone());
     set(&mut response, header::CACHE_CONTROL, "no-cache");
     set(&mut response, header::VARY, "Accept, Accept-Encoding");
     Ok(aged(response, gateway.state.age()))
 }
 
-/// Whether one of the tags of `If-None-Match` is that of the snapshot (RFC 9110, section 13.1.2).
-fn matches(snapshot: &Snapshot, seen: &str) -> bool {
-    let opaque = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
+/// What is compared of a tag (RFC 9110, section 8.8.3.2).
+fn opaque(tag: &str) -> &str {
+    tag.trim_start_matches("W/").trim_matches('"')
+}
+
+/// Whether one of the tags of `If-None-Match` is that of the snapshot.
+fn matches(snapshot: &Snapshot, seen: &[&str]) -> bool {
     let own = opaque(snapshot.etag.to_str().unwrap_or_default());
-    seen.trim() == "*" || seen.split(',').any(|tag| opaque(tag) == own)
+    seen.iter().any(|tag| *tag == "*" || opaque(tag) == own)
 }
 
 /// The latest sequence of this stream that a client has seen, by the tags it has.
-fn seen_sequence(snapshot: &Snapshot, seen: &str) -> Option<u64> {
-    let sequences = seen.split(',').filter_map(|tag| {
-        let tag = tag.trim().trim_start_matches("W/").trim_matches('"');
-        let (stream, seq) = tag.split_once('-')?;
-        (stream == stream_id(snapshot.created)).then(|| seq.parse().ok())?
+fn seen_sequence(snapshot: &Snapshot, seen: &[&str]) -> Option<u64> {
+    let sequences = seen.iter().filter_map(|tag| {
+        let (stream, seq) = opaque(tag).split_once('-')?;
+        (stream == stream_id(snapshot.created)).then(|| digits(seq))?
     });
     sequences.max()
 }
@@ -214,11 +223,14 @@ async fn number(gateway: &Gateway, ask: &Ask, seq: &str) -> Answer {
     })?;
     let snapshot = gateway.snapshot_near(seq).await?;
     let last_seq = snapshot.last_seq;
+    if seq > last_seq && !gateway.state.is_current() {
+        return Err(Problem::unavailable("the history does not answer; it may be there by now"));
+    }
     if seq > last_seq {
         let detail = format!("nothing was published as {seq} yet; the last sequence is {last_seq}");
         return Err(Problem::not_found(detail));
     }
-    let page = gateway.history.page(&snapshot, Position::After(seq - 1), 1).await?;
+    let page = gateway.history.page(&snapshot, Start::Sequence(seq), 1).await?;
     let number = page.numbers.first().filter(|number| number.seq == seq).ok_or_else(|| {
         Problem::not_found(format!("what was stored as {seq} is not a valid number"))
     })?;
@@ -226,25 +238,25 @@ async fn number(gateway: &Gateway, ask: &Ask, seq: &str) -> Answer {
 }
 
 /// `after` or `from` of a query; by default the beginning.
-fn position(query: &mut Query) -> Result<Position, Problem> {
+fn start(query: &mut Query) -> Result<Start, Problem> {
     match (query.number("after", 0..=u64::MAX)?, query.time("from")?) {
         (Some(_), Some(_)) => Err(Problem::bad_request("give either after or from, not both")),
-        (None, Some(time)) => Ok(Position::From(time)),
-        (after, None) => Ok(Position::After(after.unwrap_or(0))),
+        (None, Some(time)) => Ok(Start::Time(time)),
+        (after, None) => Ok(Start::Sequence(after.unwrap_or(0).saturating_add(1))),
     }
 }
 
 async fn history(gateway: &Gateway, ask: &Ask) -> Answer {
     let mut query = ask.query()?;
-    let position = position(&mut query)?;
+    let start = start(&mut query)?;
     let limit = query.number("limit", 1..=MAX_BATCH as u64)?.unwrap_or(PAGE);
     query.end()?;
-    let snapshot = match position {
-        Position::After(seq) => gateway.snapshot_near(seq).await?,
-        Position::From(_) => gateway.snapshot()?,
+    let snapshot = match start {
+        Start::Sequence(seq) => gateway.snapshot_near(seq - 1).await?,
+        Start::Time(_) => gateway.snapshot()?,
     };
     let count = limit.try_into().unwrap_or(MAX_BATCH);
-    let page = gateway.history.page(&snapshot, position, count).await?;
+    let page = gateway.history.page(&snapshot, start, count).await?;
     let mut response = json_answer(&page);
     if let Some(next) = page.next {
         let link = format!("</history?after={next}&limit={limit}>; rel=\"next\"");
@@ -258,7 +270,7 @@ async fn history(gateway: &Gateway, ask: &Ask) -> Answer {
 
 async fn export(gateway: &Gateway, ask: &Ask, format: Format) -> Answer {
     let mut query = ask.query()?;
-    let position = position(&mut query)?;
+    let start = start(&mut query)?;
     let until = query.time("until")?;
     query.end()?;
     let snapshot = gateway.snapshot()?;
@@ -269,7 +281,7 @@ async fn export(gateway: &Gateway, ask: &Ask, format: Format) -> Answer {
     let mut response = if ask.is_head() {
         Response::default()
     } else {
-        let history = gateway.history.export(&snapshot, position, until, format).await?;
+        let history = gateway.history.export(&snapshot, start, until, format).await?;
         warp::reply::stream(history).into_response()
     };
     set(&mut response, header::CONTENT_TYPE, content_type);
@@ -281,10 +293,7 @@ async fn export(gateway: &Gateway, ask: &Ask, format: Format) -> Answer {
 fn live(gateway: &Arc<Gateway>, ask: &Ask) -> Answer {
     let mut query = ask.query()?;
     let token = query.text("access_token")?;
-    let ends = match &gateway.access {
-        Some(access) => Some(access.check(&ask.headers, token.as_deref())?),
-        None => None,
-    };
+    let ends = gateway.access.check(&ask.headers, token.as_deref())?;
     let after = query.number("after", 0..=u64::MAX)?;
     let stream = query.text("stream")?;
     query.end()?;
@@ -332,10 +341,10 @@ fn healthz(ask: &Ask) -> Answer {
 
 fn readyz(gateway: &Gateway, ask: &Ask) -> Answer {
     ask.query()?.end()?;
-    let snapshot = gateway.snapshot()?;
     if !connection::is_connected(&gateway.client) {
         return Err(Problem::unavailable("not connected to NATS"));
     }
+    let snapshot = gateway.snapshot()?;
     if !gateway.state.is_current() {
         return Err(Problem::unavailable("the history does not answer"));
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use contract::Product;
 use contract::streams::NUMBERS;
-use runtime::history::Entry;
+use runtime::history::{Entry, Start};
 use serde::Serialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -196,29 +196,29 @@ impl Snapshot {
         self.text.first(limit)
     }
 
-    /// Every valid number after this sequence, oldest first; `None` if there may be more than the
+    /// Every valid number from there on, oldest first; `None` if there may be more than the
     /// snapshot holds.
-    pub fn numbers_after(&self, seq: u64) -> Option<impl ExactSizeIterator<Item = &Number>> {
-        (seq >= self.after).then(|| self.numbers.iter().skip(self.position_after(seq)))
+    pub fn held(&self, start: Start) -> Option<impl Iterator<Item = &Number>> {
+        let (held, from) = match start {
+            Start::Sequence(seq) => {
+                (seq > self.after, self.numbers.partition_point(|number| number.seq < seq))
+            }
+            Start::Time(time) => (
+                self.after == 0 || self.numbers.front().is_some_and(|number| number.time < time),
+                self.numbers.partition_point(|number| number.time < time),
+            ),
+        };
+        held.then(|| self.numbers.iter().skip(from))
     }
 
-    /// [`numbers_after`](Self::numbers_after), written as events or else as lines.
+    /// Every valid number after a sequence, written as events or else as lines; `None` as above.
     pub fn feed_after(&self, seq: u64, format: Format) -> Option<Bytes> {
         let rendered = match format {
             Format::Events => &self.events,
             _ => &self.lines,
         };
-        (seq >= self.after).then(|| rendered.from(self.position_after(seq)))
-    }
-
-    /// Every number from this time on; `None` if there may be more than the snapshot holds.
-    pub fn numbers_from(&self, time: OffsetDateTime) -> Option<impl Iterator<Item = &Number>> {
-        let held = self.after == 0 || self.numbers.front().is_some_and(|n| n.time < time);
-        held.then(|| self.numbers.iter().filter(move |n| n.time >= time))
-    }
-
-    fn position_after(&self, seq: u64) -> usize {
-        self.numbers.partition_point(|number| number.seq <= seq)
+        let position = self.numbers.partition_point(|number| number.seq <= seq);
+        (seq >= self.after).then(|| rendered.from(position))
     }
 }
 
@@ -390,7 +390,8 @@ mod tests {
                 .map(|line| serde_json::from_slice::<Value>(line).unwrap()["seq"].as_u64().unwrap())
                 .collect();
             assert_eq!(seqs, (seq + 1..=250).collect::<Vec<_>>());
-            assert_eq!(snapshot.numbers_after(seq).unwrap().len(), seqs.len());
+            let held = snapshot.held(Start::Sequence(seq + 1)).unwrap();
+            assert_eq!(held.count(), seqs.len());
         }
     }
 

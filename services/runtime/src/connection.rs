@@ -39,7 +39,7 @@ pub async fn connect(settings: &NatsSettings, user: &str, name: &str) -> anyhow:
         .collect::<Vec<_>>()
         .join(", ");
     info!(%servers, "connecting to NATS");
-    // A broker that is away is told once, not at every attempt to reach it.
+    // What lasts is told once for each connection, not at every attempt and every message.
     let told = Arc::new(AtomicBool::new(false));
     let options = ConnectOptions::new()
         .name(name)
@@ -119,6 +119,11 @@ fn log_event(event: &Event, servers: &str, told: &AtomicBool) {
         Event::Disconnected => warn!("disconnected from NATS; reconnecting"),
         Event::LameDuckMode => info!("the NATS server is about to stop; moving to another"),
         Event::Draining | Event::Closed => debug!(%event, "NATS connection"),
+        // There is one for every message that is dropped.
+        Event::SlowConsumer(_) if !told.swap(true, Ordering::Relaxed) => {
+            warn!(%event, "messages come faster than they are taken; some are dropped");
+        }
+        Event::SlowConsumer(_) => debug!(%event, "NATS connection"),
         other => warn!(event = %other, "NATS connection"),
     }
 }

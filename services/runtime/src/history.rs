@@ -7,6 +7,7 @@ use async_nats::header::{HeaderMap, NATS_MESSAGE_ID, NATS_SEQUENCE, NATS_TIME_ST
 use async_nats::{Client, Message};
 use bytes::Bytes;
 use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use serde_json::json;
 use time::format_description::well_known::Rfc3339;
 use time::{OffsetDateTime, UtcOffset};
@@ -14,10 +15,13 @@ use time::{OffsetDateTime, UtcOffset};
 /// The most messages that one batch may ask for.
 pub const MAX_BATCH: usize = 1000;
 
-/// How long a replica may take before another one is asked.
-const PATIENCE: Duration = Duration::from_millis(300);
-/// How often one read is tried before it fails.
-const TRIES: usize = 3;
+/// How long a replica may be silent before it is given up.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// When it has not answered after this time, the read is asked for once more, and most likely from
+/// another replica. The first answer counts.
+const HEDGE: Duration = Duration::from_millis(150);
+/// How often one read is asked for.
+const TRIES: u32 = 3;
 
 /// Statuses in place of a message: no (further) message; nobody listens.
 const END_OF_BATCH: u16 = 204;
@@ -41,7 +45,7 @@ pub struct Entry {
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// No replica answered in time.
-    #[error("stream {stream}: no answer within {} ms", (PATIENCE * 3).as_millis())]
+    #[error("stream {stream}: no answer within {} ms", (PATIENCE + HEDGE * (TRIES - 1)).as_millis())]
     TimedOut {
         /// The stream.
         stream: &'static str,
@@ -125,14 +129,21 @@ async fn ask(
     // Without a batch size the one message is the whole answer, and no end follows it.
     let single = request.get("batch").is_none();
     let payload = Bytes::from(request.to_string());
-    let mut result = Err(ReadError::TimedOut { stream });
-    for _ in 0..TRIES {
-        result = ask_once(client, stream, payload.clone(), single).await;
-        if !matches!(result, Err(ReadError::TimedOut { .. })) {
-            break;
+    let mut asked = FuturesUnordered::new();
+    let mut hedge = tokio::time::interval(HEDGE);
+    let mut tries = 0;
+    loop {
+        tokio::select! {
+            Some(result) = asked.next(), if !asked.is_empty() => match result {
+                Err(ReadError::TimedOut { .. }) if tries < TRIES || !asked.is_empty() => {}
+                result => return result,
+            },
+            _ = hedge.tick(), if tries < TRIES => {
+                tries += 1;
+                asked.push(ask_once(client, stream, payload.clone(), single));
+            }
         }
     }
-    result
 }
 
 async fn ask_once(

@@ -126,22 +126,24 @@ async fn every_kind_of_key() {
         }
         drop(gateway);
     }
-    // A public key is no secret, even if a token claims so (RFC 8725, section 2.1).
-    let confused = token(
-        scratch,
-        &[
-            "--key",
-            &file(
-                scratch,
-                "confused",
-                &format!(" {}", fs::read_to_string(path("rsa.pub")).unwrap()),
-            ),
-        ],
-    )
-    .await;
-    let (_gateway, address) = pipeline.gateway_with(&["--jwt-key", &path("rsa.pub")]).await;
-    assert_eq!(with_token(&address, "/numbers", &confused).await, 401);
+    // A public key is no secret, even if a token claims so (RFC 8725, section 2.1), and even if
+    // its file does not begin with it.
+    let public = fs::read_to_string(path("rsa.pub")).unwrap();
+    let shifted = format!("\n{public}");
+    let shifted_file = file(scratch, "shifted", &shifted);
+    let in_an_hour = std::time::SystemTime::now() + std::time::Duration::from_secs(3600);
+    let claims = json!({
+        "exp": in_an_hour.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs(),
+    });
+    let (_gateway, address) = pipeline.gateway_with(&["--jwt-key", &shifted_file]).await;
+    eventually("ready", async || get(&address, "/readyz", &[]).await.status == 200).await;
+    assert_eq!(with_token(&address, "/numbers", &tokens[1]).await, 200);
+    for secret in [&*public, &*shifted, public.trim()] {
+        let confused = hs256(secret, &json!({ "alg": "HS256" }), &claims);
+        assert_eq!(with_token(&address, "/numbers", &confused).await, 401);
+    }
 
+    let weak = json!({ "keys": [{ "kty": "RSA", "n": "3q2-7w", "e": "AQAB" }] });
     for (name, hint) in [
         ("rsa", "private key"),
         ("p384.pub", "P-256"),
@@ -149,6 +151,9 @@ async fn every_kind_of_key() {
         (&*file(scratch, "short", "secret"), "32 bytes"),
         (&*file(scratch, "none", r#"{"keys":[]}"#), "none of its keys"),
         (&*file(scratch, "json", "{"), "no JWKS"),
+        (&*file(scratch, "weak", &weak.to_string()), "none of its keys"),
+        (&*file(scratch, "der", &"\u{1}0".repeat(40)), "one line of text"),
+        ("", "not a regular file"),
         (&*file(scratch, "pem", "-----BEGIN PUBLIC KEY-----\nx\n"), "no public key"),
     ] {
         let key = scratch.path(name);
@@ -172,7 +177,9 @@ async fn claims_are_checked() {
     eventually("ready", async || get(&address, "/readyz", &[]).await.status == 200).await;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let good = json!({ "exp": now + 60, "aud": "readers", "iss": "us" });
-    let sign = |algorithm: &str, claims: &Value| hs256(algorithm, claims);
+    let sign = |algorithm: &str, claims: &Value| {
+        hs256(SECRET, &json!({ "alg": algorithm, "typ": "JWT" }), claims)
+    };
     assert_eq!(with_token(&address, "/numbers", &sign("HS256", &good)).await, 200);
     let changed = |name: &str, value: Value| {
         let mut claims = good.clone();
@@ -199,21 +206,20 @@ async fn claims_are_checked() {
     for algorithm in ["HS384", "none", "RS256"] {
         assert_eq!(with_token(&address, "/numbers", &sign(algorithm, &good)).await, 401);
     }
+    let critical = json!({ "alg": "HS256", "crit": ["x"], "x": 1 });
+    let critical = hs256(SECRET, &critical, &good);
+    assert_eq!(with_token(&address, "/numbers", &critical).await, 401);
     let mut forged = sign("HS256", &good);
     forged.truncate(forged.rfind('.').unwrap() + 1);
     assert_eq!(with_token(&address, "/numbers", &forged).await, 401);
 }
 
-/// A token whose header may name what it likes, signed with the secret by HMAC SHA-256.
-fn hs256(algorithm: &str, claims: &Value) -> String {
-    use jsonwebtoken::{Algorithm, EncodingKey, Header, crypto, encode};
-    let key = EncodingKey::from_secret(SECRET.as_bytes());
-    let honest = encode(&Header::new(Algorithm::HS256), claims, &key).unwrap();
-    if algorithm == "HS256" {
-        return honest;
-    }
-    let header = base64(json!({ "alg": algorithm, "typ": "JWT" }).to_string().as_bytes());
-    let message = format!("{header}.{}", honest.split('.').nth(1).unwrap());
+/// A token whose header may say what it likes, signed with HMAC SHA-256.
+fn hs256(secret: &str, header: &Value, claims: &Value) -> String {
+    use jsonwebtoken::{Algorithm, EncodingKey, crypto};
+    let key = EncodingKey::from_secret(secret.as_bytes());
+    let [header, claims] = [header, claims].map(|part| base64(part.to_string().as_bytes()));
+    let message = format!("{header}.{claims}");
     let signature = crypto::sign(message.as_bytes(), &key, Algorithm::HS256).unwrap();
     format!("{message}.{signature}")
 }

@@ -118,7 +118,7 @@ async fn a_replica_that_is_behind_catches_up_first() {
         sequences(&ahead.1, round).await;
         let seen = get(&ahead.1, "/numbers", &[]).await;
         let header = [&*format!("If-None-Match: {}", seen.header("etag").unwrap())];
-        let (path, after) = (format!("/numbers/{round}"), format!("/history?after={}", round - 1));
+        let (path, after) = (format!("/numbers/{round}"), format!("/history?after={round}"));
         let asked = async {
             tokio::join!(
                 get(&behind.1, "/numbers", &header),
@@ -131,9 +131,10 @@ async fn a_replica_that_is_behind_catches_up_first() {
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
             behind.0.signal(nix::sys::signal::Signal::SIGCONT);
         };
-        let ((numbers, number, _page), ()) = tokio::join!(asked, wakes);
+        let ((numbers, number, page), ()) = tokio::join!(asked, wakes);
         assert_eq!(numbers.status, 304, "round {round}: {numbers:?}");
         assert_eq!(number.status, 200, "round {round}: {number:?}");
+        assert!(page.json()["last_seq"].as_u64() >= Some(round), "round {round}: {page:?}");
     }
 }
 

@@ -208,7 +208,11 @@ async fn it_fits_a_telephone_the_dark_and_a_keyboard() {
                     "{page} on a {size} is too wide"
                 );
                 let name = if page.is_empty() { "page" } else { page };
-                tokio::time::sleep(std::time::Duration::from_millis(2500)).await;
+                if page.is_empty() {
+                    eventually("the replicas are shown", async || shown.alive("odd").await == "2")
+                        .await;
+                    shown.is_live().await;
+                }
                 shown.browser.screenshot(&format!("{name}-{size}-{theme}")).await;
                 let back =
                     shown.browser.value("getComputedStyle(document.body).backgroundColor").await;
