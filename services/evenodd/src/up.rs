@@ -93,16 +93,22 @@ impl Up {
         let shutdown = runtime::shutdown_on_signal()?;
         // The order to stop in: nobody loses what it needs before it has stopped itself.
         let mut stages = Vec::new();
-        let result = self.start(&ready, log, &shutdown, &mut stages).await;
+        let refused = CancellationToken::new();
+        let result = self.start(&ready, log, &shutdown, &refused, &mut stages).await;
         if result.is_ok() {
-            shutdown.cancelled().await;
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = refused.cancelled() => {}
+            }
         }
         while let Some(stage) = stages.pop() {
             stage.stop().await;
         }
         // For whoever reads the last lines.
         tokio::time::sleep(Duration::from_millis(50)).await;
-        result.map(|()| ExitCode::SUCCESS)
+        result?;
+        // The same status as the service that does not take its settings.
+        Ok(if refused.is_cancelled() { ExitCode::from(2) } else { ExitCode::SUCCESS })
     }
 
     /// Starts everything, and pushes what it started onto `stages`. Returns early on shutdown.
@@ -111,10 +117,11 @@ impl Up {
         ready: &Ready,
         log: &LogSettings,
         shutdown: &CancellationToken,
+        refused: &CancellationToken,
         stages: &mut Vec<Children>,
     ) -> anyhow::Result<()> {
         if self.nats.is_none() {
-            stages.push(Children::start(vec![self.broker(ready)]));
+            stages.push(Children::start(vec![self.broker(ready)], refused));
         }
         let servers = self.servers();
         let provisioned = async {
@@ -150,7 +157,7 @@ impl Up {
         let multipliers =
             (0..self.multipliers).map(|n| service("multiplier", "multiplier", n, &[])).collect();
         for stage in [gateways, generators, multipliers] {
-            stages.push(Children::start(stage));
+            stages.push(Children::start(stage, refused));
         }
         child::print_line(self.banner(ready));
         Ok(())

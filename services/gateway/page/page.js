@@ -11,7 +11,7 @@ const SHOW_LOST_MS = 60000;
 
 const element = (id) => document.getElementById(id);
 const decimal = new Intl.NumberFormat();
-const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
+const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium", hourCycle: "h23" });
 
 let numbers = []; // oldest first
 let lastSeq = 0;

@@ -1,110 +1,76 @@
 //! What a client accepts (RFC 9110, section 12.5), and bodies in every encoding it may ask for.
 
-use std::io::Write;
+use std::io::{self, Write};
 
 use bytes::Bytes;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use warp::http::{HeaderMap, HeaderName, header};
 
-/// A content coding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Encoding {
-    /// As it is.
-    Identity,
-    /// RFC 1952.
-    Gzip,
-    /// RFC 8878.
-    Zstd,
-    /// RFC 7932.
-    Brotli,
+type Encode = fn(&[u8]) -> io::Result<Vec<u8>>;
+
+/// Content codings (RFC 8878, 7932, 1952), the one that takes the fewest bytes first.
+const CODINGS: [(&str, Encode); 3] = [("zstd", zstd), ("br", brotli), ("gzip", gzip)];
+
+fn zstd(body: &[u8]) -> io::Result<Vec<u8>> {
+    const LEVEL: i32 = 9;
+    zstd::encode_all(body, LEVEL)
 }
 
-impl Encoding {
-    /// The compressed ones, the one that takes the fewest bytes first.
-    const COMPRESSED: [Self; 3] = [Self::Zstd, Self::Brotli, Self::Gzip];
-
-    /// Its name in `Content-Encoding`; none for the identity.
-    pub fn name(self) -> Option<&'static str> {
-        match self {
-            Self::Identity => None,
-            Self::Gzip => Some("gzip"),
-            Self::Zstd => Some("zstd"),
-            Self::Brotli => Some("br"),
-        }
-    }
-
-    /// The one that a client likes best, the smaller one among equals.
-    pub fn accepted(headers: &HeaderMap) -> Self {
-        let weight = |encoding: Self| {
-            let name = encoding.name().unwrap_or("identity");
-            quality(headers, &header::ACCEPT_ENCODING, |range| {
-                (range.eq_ignore_ascii_case(name)).then_some(1).or((range == "*").then_some(0))
-            })
-        };
-        let mut best = (Self::Identity, 0.0);
-        for encoding in Self::COMPRESSED {
-            let weight = weight(encoding);
-            if weight > best.1 {
-                best = (encoding, weight);
-            }
-        }
-        // The identity is always there, but counts only where it is preferred by name.
-        if best.1 > 0.0 && weight(Self::Identity) > best.1 {
-            return Self::Identity;
-        }
-        best.0
-    }
+fn brotli(body: &[u8]) -> io::Result<Vec<u8>> {
+    const BUFFER: usize = 4096;
+    const QUALITY: u32 = 5;
+    const WINDOW: u32 = 18;
+    let mut out = Vec::new();
+    brotli::CompressorWriter::new(&mut out, BUFFER, QUALITY, WINDOW).write_all(body)?;
+    Ok(out)
 }
 
-/// One body in every encoding.
-#[derive(Clone, Debug, Default)]
+fn gzip(body: &[u8]) -> io::Result<Vec<u8>> {
+    let mut writer = GzEncoder::new(Vec::new(), Compression::new(6));
+    writer.write_all(body)?;
+    writer.finish()
+}
+
+/// One body in every coding.
+#[derive(Clone, Debug)]
 pub struct Encoded {
     identity: Bytes,
-    gzip: Bytes,
-    zstd: Bytes,
-    brotli: Bytes,
+    coded: Vec<(&'static str, Bytes)>,
 }
 
 impl Encoded {
     /// Compresses the body: some milliseconds for the last 100 numbers.
     pub fn new(identity: Bytes) -> Self {
-        const BROTLI_BUFFER: usize = 4096;
-        const BROTLI_QUALITY: u32 = 5;
-        const BROTLI_WINDOW: u32 = 18;
-        const ZSTD_LEVEL: i32 = 9;
-        // Writing to memory does not fail. If it did, the body would go out as it is.
-        let gzip = || {
-            let mut writer = GzEncoder::new(Vec::new(), Compression::new(6));
-            writer.write_all(&identity)?;
-            writer.finish()
-        };
-        let brotli = || {
-            let mut out = Vec::new();
-            brotli::CompressorWriter::new(&mut out, BROTLI_BUFFER, BROTLI_QUALITY, BROTLI_WINDOW)
-                .write_all(&identity)?;
-            Ok::<_, std::io::Error>(out)
-        };
-        Self {
-            gzip: gzip().unwrap_or_default().into(),
-            zstd: zstd::encode_all(&*identity, ZSTD_LEVEL).unwrap_or_default().into(),
-            brotli: brotli().unwrap_or_default().into(),
-            identity,
-        }
+        // Writing to memory does not fail. If it did, that coding would not be offered.
+        let coded = CODINGS.iter().filter_map(|(name, encode)| {
+            let body = encode(&identity).ok()?;
+            Some((*name, body.into()))
+        });
+        Self { coded: coded.collect(), identity }
     }
 
-    /// The body, and how it is encoded.
-    pub fn get(&self, encoding: Encoding) -> (Bytes, Encoding) {
-        let body = match encoding {
-            Encoding::Identity => &self.identity,
-            Encoding::Gzip => &self.gzip,
-            Encoding::Zstd => &self.zstd,
-            Encoding::Brotli => &self.brotli,
+    /// The body in the coding that a client likes best, the smaller one among equals, and the name
+    /// of the coding, if it has one.
+    pub fn accepted(&self, headers: &HeaderMap) -> (Bytes, Option<&'static str>) {
+        let weight = |name: &str| {
+            quality(headers, &header::ACCEPT_ENCODING, |range| {
+                let named = range.eq_ignore_ascii_case(name).then_some(1);
+                named.or((range == "*").then_some(0))
+            })
         };
-        if body.is_empty() {
-            return (self.identity.clone(), Encoding::Identity);
+        if !headers.contains_key(header::ACCEPT_ENCODING) {
+            return (self.identity.clone(), None);
         }
-        (body.clone(), encoding)
+        // The last of equals is taken, which is the first of them here.
+        let weighed = self.coded.iter().rev().map(|(name, body)| (weight(name), *name, body));
+        match weighed.max_by(|a, b| a.0.total_cmp(&b.0)) {
+            // The body as it is counts only where it is preferred by name.
+            Some((best, name, body)) if best > 0.0 && weight("identity") <= best => {
+                (body.clone(), Some(name))
+            }
+            _ => (self.identity.clone(), None),
+        }
     }
 }
 
@@ -181,46 +147,49 @@ mod tests {
 
     #[test]
     fn the_best_encoding_is_chosen() {
-        use Encoding::{Brotli, Gzip, Identity, Zstd};
+        let encoded = Encoded::new(Bytes::from_static(b"body"));
         for (accept, expected) in [
-            ("", Identity),
-            ("gzip", Gzip),
-            ("GZIP", Gzip),
-            ("gzip, deflate, br, zstd", Zstd),
-            ("gzip, deflate, br", Brotli),
-            ("gzip, zstd", Zstd),
-            ("br;q=0.5, gzip", Gzip),
-            ("br;q=0, gzip;q=0", Identity),
-            ("*", Zstd),
-            ("*;q=0", Identity),
-            ("zstd;q=0, *", Brotli),
-            ("identity, gzip;q=0.5", Identity),
-            ("gzip, identity;q=0", Gzip),
-            ("deflate", Identity),
+            ("", None),
+            ("gzip", Some("gzip")),
+            ("GZIP", Some("gzip")),
+            ("gzip, deflate, br, zstd", Some("zstd")),
+            ("gzip, deflate, br", Some("br")),
+            ("br;q=0.5, gzip", Some("gzip")),
+            ("br;q=0, gzip;Q=0", None),
+            ("*", Some("zstd")),
+            ("*;q=0", None),
+            ("zstd;q=0, *", Some("br")),
+            ("identity, gzip;q=0.5", None),
+            ("gzip, identity;q=0", Some("gzip")),
+            ("deflate", None),
         ] {
             let headers = headers(header::ACCEPT_ENCODING, accept);
-            assert_eq!(Encoding::accepted(&headers), expected, "{accept}");
+            assert_eq!(encoded.accepted(&headers).1, expected, "{accept}");
         }
+        assert_eq!(encoded.accepted(&HeaderMap::new()).1, None);
     }
 
     proptest! {
         #[test]
         fn every_encoding_gives_the_body_back(body: Vec<u8>) {
             let encoded = Encoded::new(body.clone().into());
-            let (identity, encoding) = encoded.get(Encoding::Identity);
-            prop_assert_eq!((&*identity, encoding), (&*body, Encoding::Identity));
-            let mut out = Vec::new();
-            flate2::read::GzDecoder::new(&*encoded.gzip).read_to_end(&mut out).unwrap();
-            prop_assert_eq!(&out, &body);
-            prop_assert_eq!(&zstd::decode_all(&*encoded.zstd).unwrap(), &body);
-            out.clear();
-            brotli::Decompressor::new(&*encoded.brotli, 4096).read_to_end(&mut out).unwrap();
-            prop_assert_eq!(&out, &body);
+            prop_assert_eq!(&*encoded.identity, &*body);
+            for (name, coded) in &encoded.coded {
+                let mut out = Vec::new();
+                match *name {
+                    "gzip" => flate2::read::GzDecoder::new(&**coded).read_to_end(&mut out).unwrap(),
+                    "br" => brotli::Decompressor::new(&**coded, 4096).read_to_end(&mut out).unwrap(),
+                    _ => zstd::Decoder::new(&**coded).unwrap().read_to_end(&mut out).unwrap(),
+                };
+                prop_assert_eq!(&out, &body, "{}", name);
+            }
+            prop_assert_eq!(encoded.coded.len(), 3);
         }
 
         #[test]
         fn no_header_panics(value in "[ -~]*") {
-            let _ = Encoding::accepted(&headers(header::ACCEPT_ENCODING, &value));
+            let encoded = Encoded::new(Bytes::new());
+            let _ = encoded.accepted(&headers(header::ACCEPT_ENCODING, &value));
             let _ = prefers(&headers(header::ACCEPT, &value), "a/b", "c/d");
         }
     }

@@ -16,7 +16,7 @@ use warp::reply::Response;
 use warp::{Filter, Reply};
 
 use crate::Gateway;
-use crate::encoding::{Encoding, prefers};
+use crate::encoding::prefers;
 use crate::live::{Feed, Wish};
 use crate::problem::Problem;
 use crate::query::{Query, digits};
@@ -183,9 +183,9 @@ async fn numbers(gateway: &Gateway, ask: &Ask) -> Answer {
         response.headers_mut().insert(header::ETAG, snapshot.etag.clone());
         response
     } else {
-        let (body, encoding) = snapshot.json(limit, Encoding::accepted(&ask.headers));
+        let (body, coding) = snapshot.json(limit, &ask.headers);
         let mut response = answer(body, JSON);
-        if let Some(name) = encoding.name() {
+        if let Some(name) = coding {
             set(&mut response, header::CONTENT_ENCODING, name);
         }
         response.headers_mut().insert(header::ETAG, snapshot.etag.clone());

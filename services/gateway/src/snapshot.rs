@@ -15,9 +15,9 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::sync::watch;
 use tokio::time::Instant;
-use warp::http::HeaderValue;
+use warp::http::{HeaderMap, HeaderValue};
 
-use crate::encoding::{Encoded, Encoding};
+use crate::encoding::Encoded;
 
 /// How many numbers a snapshot holds.
 pub const LAST: usize = 100;
@@ -123,46 +123,41 @@ pub struct Snapshot {
 impl Snapshot {
     /// The snapshot of a stream of which nothing was read, nor will be up to this sequence.
     pub fn empty(created: OffsetDateTime, after: u64) -> Self {
-        let empty = Self {
-            created,
-            last_seq: after,
-            etag: HeaderValue::from_static(""),
-            after,
-            numbers: VecDeque::new(),
-            newest_first: Rendered::default(),
-            text: Rendered::default(),
-            events: Rendered::default(),
-            lines: Rendered::default(),
-            full_json: Encoded::default(),
-        };
-        empty.with([], after)
+        Self::new(created, after, VecDeque::new(), after)
     }
 
     /// The snapshot after more messages: the numbers that they hold, in their order, and the
     /// sequence of the last of them.
     pub fn with(&self, more: impl IntoIterator<Item = Number>, last_seq: u64) -> Self {
-        let mut after = self.after;
         let mut numbers = self.numbers.clone();
         numbers.extend(more);
+        Self::new(self.created, self.after, numbers, last_seq)
+    }
+
+    fn new(
+        created: OffsetDateTime,
+        mut after: u64,
+        mut numbers: VecDeque<Number>,
+        last_seq: u64,
+    ) -> Self {
         while numbers.len() > LAST {
             after = numbers.pop_front().map_or(after, |number| number.seq);
         }
-        let etag = format!("W/\"{}-{last_seq}\"", stream_id(self.created));
-        let mut next = Self {
-            created: self.created,
+        let etag = format!("W/\"{}-{last_seq}\"", stream_id(created));
+        let newest_first = Rendered::new(numbers.iter().rev(), Format::Json);
+        Self {
+            created,
             last_seq,
             // Digits and a dash: always a valid header.
             etag: HeaderValue::from_str(&etag).unwrap_or(HeaderValue::from_static("")),
             after,
-            newest_first: Rendered::new(numbers.iter().rev(), Format::Json),
+            full_json: Encoded::new(newest_first.json(last_seq, LAST)),
+            newest_first,
             text: Rendered::new(numbers.iter().rev(), Format::Text),
             events: Rendered::new(&numbers, Format::Events),
             lines: Rendered::new(&numbers, Format::Lines),
             numbers,
-            full_json: Encoded::default(),
-        };
-        next.full_json = Encoded::new(next.render_json(LAST));
-        next
+        }
     }
 
     /// How many valid numbers it holds.
@@ -170,25 +165,13 @@ impl Snapshot {
         self.numbers.len()
     }
 
-    /// The answer in JSON, with up to `limit` numbers, newest first. Only that with all of them is
-    /// there in every encoding.
-    pub fn json(&self, limit: usize, encoding: Encoding) -> (Bytes, Encoding) {
+    /// The answer in JSON, with up to `limit` numbers, newest first, and its coding. Only that with
+    /// all of them is there in every coding.
+    pub fn json(&self, limit: usize, headers: &HeaderMap) -> (Bytes, Option<&'static str>) {
         if limit >= self.numbers.len() {
-            return self.full_json.get(encoding);
+            return self.full_json.accepted(headers);
         }
-        (self.render_json(limit), Encoding::Identity)
-    }
-
-    fn render_json(&self, limit: usize) -> Bytes {
-        let count = limit.min(self.numbers.len());
-        let items = self.newest_first.first(count);
-        // Without the comma after the last one.
-        let items = items.strip_suffix(b",").unwrap_or(&items);
-        let last_seq = self.last_seq;
-        let head = format!(
-            "{{\"stream\":\"{NUMBERS}\",\"last_seq\":{last_seq},\"count\":{count},\"numbers\":["
-        );
-        [head.as_bytes(), items, b"]}\n"].concat().into()
+        (self.newest_first.json(self.last_seq, limit), None)
     }
 
     /// Bare numbers, one a line, newest first.
@@ -253,6 +236,18 @@ impl Rendered {
 
     fn first(&self, count: usize) -> Bytes {
         self.all.slice(..self.end(count))
+    }
+
+    /// The answer of `GET /numbers`, of numbers in JSON.
+    fn json(&self, last_seq: u64, limit: usize) -> Bytes {
+        let count = limit.min(self.ends.len());
+        let items = self.first(count);
+        // Without the comma after the last one.
+        let items = items.strip_suffix(b",").unwrap_or(&items);
+        let head = format!(
+            "{{\"stream\":\"{NUMBERS}\",\"last_seq\":{last_seq},\"count\":{count},\"numbers\":["
+        );
+        [head.as_bytes(), items, b"]}\n"].concat().into()
     }
 
     fn from(&self, position: usize) -> Bytes {
@@ -339,7 +334,7 @@ mod tests {
     }
 
     fn json(snapshot: &Snapshot, limit: usize) -> Bytes {
-        snapshot.json(limit, Encoding::Identity).0
+        snapshot.json(limit, &HeaderMap::new()).0
     }
 
     #[test]

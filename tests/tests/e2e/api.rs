@@ -23,7 +23,7 @@ async fn pipeline() -> (Pipeline, tests::Process, String) {
     (pipeline, gateway, address)
 }
 
-/// Every route that is described answers with a status, a type and headers that are described.
+/// Every route that is described answers with a status and a type that are described.
 #[tokio::test]
 async fn what_is_answered_is_described() {
     let (_pipeline, _gateway, address) = pipeline().await;

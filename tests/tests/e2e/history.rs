@@ -1,11 +1,12 @@
 //! Service 4: pages of the history, and all of it at once.
 
+use std::net::TcpListener;
 use std::time::Duration;
 
 use futures::StreamExt;
 use serde_json::Value;
 use tests::http::{Lines, get, request};
-use tests::{Pipeline, eventually};
+use tests::{Broker, Pipeline, Scratch, eventually};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -265,4 +266,65 @@ async fn exports_wait_for_their_clients() {
     let _ = tokio::time::timeout(tests::PATIENCE, read.read_to_end(&mut rest)).await.unwrap();
     assert!(!rest.ends_with(b"\r\n0\r\n\r\n"), "it looks complete");
     assert!(rest.len() < 700_000);
+}
+
+/// Three brokers, each with a directory of its own.
+async fn cluster(scratches: &[Scratch; 3]) -> Vec<Broker> {
+    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    let ports = listeners.map(|listener| listener.local_addr().unwrap().port());
+    let routes = ports.map(|port| format!("nats://127.0.0.1:{port}")).join(", ");
+    let mut brokers = Vec::new();
+    for (node, (scratch, port)) in scratches.iter().zip(ports).enumerate() {
+        let configuration = format!(
+            "server_name: n{node}
+             host: 127.0.0.1
+             ping_interval: \"1s\"
+             ping_max: 2
+             jetstream {{ max_file_store: 1GB, max_memory_store: 64MB }}
+             cluster {{ name: c, listen: \"127.0.0.1:{port}\", routes: [{routes}] }}"
+        );
+        let path = scratch.path("cluster.conf");
+        std::fs::write(&path, configuration).unwrap();
+        brokers.push(Broker::start_with(scratch, &path).await);
+    }
+    brokers
+}
+
+/// A broker that does not answer gets its share of the reads; another one answers in its place.
+#[tokio::test]
+async fn a_silent_replica_is_passed_over() {
+    let scratches = [Scratch::new(), Scratch::new(), Scratch::new()];
+    let mut brokers = cluster(&scratches).await;
+    let url = brokers[0].url();
+    let args = ["provision", "--replicas", "3", "--nats", &url];
+    let mut provision = tests::Process::start(&scratches[0], "evenodd", &args);
+    assert!(provision.wait().await.success(), "{}", provision.log());
+    let others = brokers.split_off(1);
+    let [scratch, _second, _third] = scratches;
+    let pipeline = Pipeline::on(scratch, brokers.remove(0)).await;
+    for slot in 1..=3000 {
+        pipeline.publish(slot).await;
+    }
+    let (_gateway, address) = pipeline.gateway_with(&["--history-reads", "1000"]).await;
+    sequences(&address, 3000).await;
+    for silent in others {
+        silent.freeze();
+        let mut unlucky = 0;
+        for after in 0..30 {
+            let page = get(&address, &format!("/history?after={after}&limit=3"), &[]).await;
+            if page.status == 503 {
+                unlucky += 1;
+                continue;
+            }
+            assert_eq!(page.sequences(), [after + 1, after + 2, after + 3], "{page:?}");
+        }
+        // Each request meets it once in three times, all five of a read once in 243.
+        assert!(unlucky <= 3, "{unlucky} of 30");
+        eventually("an export is complete", async || {
+            let all = get(&address, "/history.ndjson", &[]).await;
+            all.status == 200 && lines(&all.body) == (1..=3000).collect::<Vec<_>>()
+        })
+        .await;
+        silent.thaw();
+    }
 }

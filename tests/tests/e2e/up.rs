@@ -24,6 +24,15 @@ fn free_port() -> u16 {
 }
 
 fn start(scratch: &Scratch, nats_port: u16, http_port: u16) -> Up {
+    start_with(scratch, nats_port, http_port, &[])
+}
+
+fn start_with(
+    scratch: &Scratch,
+    nats_port: u16,
+    http_port: u16,
+    variables: &[(&'static str, &'static str)],
+) -> Up {
     let (data, http) = (scratch.path("data"), format!("127.0.0.1:{http_port}"));
     let args = [
         "up",
@@ -37,7 +46,7 @@ fn start(scratch: &Scratch, nats_port: u16, http_port: u16) -> Up {
         &http,
     ];
     Up {
-        process: Process::start(scratch, "evenodd", &args),
+        process: Process::start_with(scratch, "evenodd", &args, variables),
         nats: format!("nats://127.0.0.1:{nats_port}"),
         http,
     }
@@ -167,4 +176,15 @@ async fn every_obstacle_is_named_before_anything_starts() {
     for fault in ["version 2.9.10", "data directory", "--http"] {
         assert!(log.contains(fault), "{fault}: {log}");
     }
+}
+
+/// A service that does not take its settings would not take them the next time either.
+#[tokio::test]
+async fn settings_that_a_service_refuses_end_it() {
+    let scratch = Scratch::new();
+    let key = [("EVENODD_JWT_KEY", "/nowhere/key")];
+    let mut up = start_with(&scratch, free_port(), free_port(), &key);
+    assert_eq!(up.process.wait().await.code(), Some(2));
+    let log = up.process.log();
+    assert!(log.contains("--jwt-key") && log.contains("/nowhere/key"), "{log}");
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
@@ -71,11 +71,12 @@ pub struct Children {
 }
 
 impl Children {
-    pub fn start(specs: Vec<Spec>) -> Self {
+    /// `refused` is cancelled when one of them does not take its settings.
+    pub fn start(specs: Vec<Spec>, refused: &CancellationToken) -> Self {
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
         for spec in specs {
-            tasks.spawn(keep_running(spec, stop.clone()));
+            tasks.spawn(keep_running(spec, stop.clone(), refused.clone()));
         }
         Self { tasks, stop }
     }
@@ -87,12 +88,23 @@ impl Children {
     }
 }
 
-async fn keep_running(spec: Spec, stop: CancellationToken) {
+async fn keep_running(spec: Spec, stop: CancellationToken, refused: CancellationToken) {
     let mut pause = Duration::ZERO;
     while !stop.is_cancelled() {
         let started = Instant::now();
         match spawn(&spec) {
-            Ok(child) => run(&spec, child, &stop).await,
+            Ok(child) => {
+                let status = run(&spec, child, &stop).await;
+                // A service has said what is wrong; it would say the same again for ever.
+                let refuses = spec.servers.is_some() && status.and_then(|s| s.code()) == Some(2);
+                if refuses {
+                    refused.cancel();
+                    return;
+                }
+                if let Some(status) = status {
+                    warn!("{} ended with {status}; starting it again", spec.label);
+                }
+            }
             Err(error) => warn!("{}: cannot start {}: {error}", spec.label, spec.program.display()),
         }
         if started.elapsed() >= HEALTHY {
@@ -107,17 +119,15 @@ async fn keep_running(spec: Spec, stop: CancellationToken) {
     }
 }
 
-/// Runs a child until it dies, or is told to stop and has stopped.
-async fn run(spec: &Spec, mut child: Child, stop: &CancellationToken) {
+/// Runs a child until it dies, and says how; or is told to stop and has stopped.
+async fn run(spec: &Spec, mut child: Child, stop: &CancellationToken) -> Option<ExitStatus> {
     let output = [
         child.stdout.take().map(|out| tokio::spawn(print(spec.clone(), out))),
         child.stderr.take().map(|err| tokio::spawn(print(spec.clone(), err))),
     ];
+    let mut died = None;
     tokio::select! {
-        status = child.wait() => match status {
-            Ok(status) => warn!("{} ended with {status}; starting it again", spec.label),
-            Err(error) => warn!("{}: {error}", spec.label),
-        },
+        status = child.wait() => died = status.ok(),
         () = stop.cancelled() => {
             if let Some(pid) = child.id() {
                 // It may have ended by itself in this moment.
@@ -136,6 +146,7 @@ async fn run(spec: &Spec, mut child: Child, stop: &CancellationToken) {
     for printing in output.into_iter().flatten() {
         let _ = printing.await;
     }
+    died
 }
 
 async fn print(spec: Spec, output: impl AsyncRead + Unpin) {
