@@ -129,7 +129,8 @@ fn load(wrk: &Path, address: &str, header: &str) -> (f64, f64, f64) {
         line.unwrap_or_else(|| panic!("{output}")).trim()
     };
     let number = |text: &str| text.trim_end_matches(char::is_alphabetic).parse::<f64>().unwrap();
-    let p99 = value("99%");
+    // Not a share of some other line, such as 70.99%.
+    let p99 = value(" 99% ");
     let milliseconds = match p99.trim_start_matches(|c: char| !c.is_alphabetic()) {
         "us" => 0.001,
         "ms" => 1.0,
