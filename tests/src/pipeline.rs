@@ -61,6 +61,15 @@ impl Pipeline {
         self.started("multiplier", &args, "ticking").await
     }
 
+    /// As many multipliers as the caller takes.
+    pub async fn multipliers<const N: usize>(&self, slot_ms: u64) -> [Process; N] {
+        let mut all = Vec::with_capacity(N);
+        for _ in 0..N {
+            all.push(self.multiplier(slot_ms).await);
+        }
+        all.try_into().ok().unwrap()
+    }
+
     /// A gateway, and the address it serves.
     pub async fn gateway(&self) -> (Process, String) {
         self.gateway_with(&[]).await

@@ -59,10 +59,7 @@ async fn one_tick_a_slot_when_a_multiplier_is_killed() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
-    let mut multipliers = Vec::new();
-    for _ in 0..3 {
-        multipliers.push(pipeline.multiplier(SLOT_MS).await);
-    }
+    let mut multipliers = pipeline.multipliers::<3>(SLOT_MS).await;
     ticks.take(4).await;
     // Between two ticks: the slot of a replica that dies in the middle of a tick is lost.
     ticks.next().await;
@@ -81,10 +78,7 @@ async fn one_tick_a_slot_when_a_multiplier_is_frozen() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
-    let mut multipliers = Vec::new();
-    for _ in 0..3 {
-        multipliers.push(pipeline.multiplier(SLOT_MS).await);
-    }
+    let multipliers = pipeline.multipliers::<3>(SLOT_MS).await;
     for frozen in &multipliers {
         ticks.next().await;
         frozen.signal(Signal::SIGSTOP);
@@ -140,10 +134,7 @@ async fn one_tick_a_slot_without_claims() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
-    let mut multipliers = Vec::new();
-    for _ in 0..3 {
-        multipliers.push(pipeline.multiplier(SLOT_MS).await);
-    }
+    let mut multipliers = pipeline.multipliers::<3>(SLOT_MS).await;
     ticks.take(3).await;
     let context = async_nats::jetstream::new(pipeline.client.clone());
     context.delete_stream(TICKS).await.unwrap();

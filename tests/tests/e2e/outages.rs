@@ -51,11 +51,7 @@ async fn a_broker_that_is_killed_and_restarted_at_once() {
     let mut pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
-    let _multipliers = [
-        pipeline.multiplier(SLOT_MS).await,
-        pipeline.multiplier(SLOT_MS).await,
-        pipeline.multiplier(SLOT_MS).await,
-    ];
+    let _multipliers = pipeline.multipliers::<3>(SLOT_MS).await;
     for _ in 0..3 {
         ticks.take(4).await;
         pipeline.broker.kill();
@@ -74,7 +70,7 @@ async fn a_broker_that_is_away_for_twenty_seconds() {
     let mut pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
-    let _multipliers = [pipeline.multiplier(SLOT_MS).await, pipeline.multiplier(SLOT_MS).await];
+    let _multipliers = pipeline.multipliers::<2>(SLOT_MS).await;
     ticks.until(|done| done.outcome == Outcome::Published).await;
     // Before it goes, something becomes due: the history takes nothing for a while.
     let context = jetstream::new(pipeline.client.clone());
@@ -99,7 +95,7 @@ async fn a_broker_that_is_frozen_for_a_while() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
-    let _multipliers = [pipeline.multiplier(SLOT_MS).await, pipeline.multiplier(SLOT_MS).await];
+    let _multipliers = pipeline.multipliers::<2>(SLOT_MS).await;
     for frozen_ms in [300, 1500, 6000] {
         ticks.until(|done| done.outcome == Outcome::Published).await;
         pipeline.broker.freeze();
