@@ -3,6 +3,7 @@
 // This is a command for people: what it prints is its purpose.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod keys;
 mod provision;
 mod token;
 mod up;
@@ -31,6 +32,7 @@ struct Cli {
 enum Command {
     Up(up::Up),
     Provision(provision::Provision),
+    Keys(keys::Keys),
     Verify(verify::Verify),
     Token(token::Token),
 }
@@ -40,7 +42,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli: Cli = settings::parse();
     // Only what is wrong: a command's result is its output.
-    telemetry::start(&cli.log, "warn,async_nats=error");
+    telemetry::start(&cli.log, "warn,async_nats=error,async_nats::connector=off");
     // One thread: a child gets its death signal when the thread that started it ends.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = runtime.map_err(Into::into).and_then(|runtime| {
@@ -48,6 +50,7 @@ pub fn main() -> ExitCode {
             match cli.command {
                 Command::Up(up) => up.run(&cli.log).await,
                 Command::Provision(provision) => provision.run().await,
+                Command::Keys(keys) => keys.run(),
                 Command::Verify(verify) => verify.run().await,
                 Command::Token(token) => token.run(),
             }

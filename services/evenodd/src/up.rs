@@ -11,9 +11,9 @@ use std::time::Duration;
 use anyhow::Context;
 use async_nats::ServerAddr;
 use clap::Args;
-use runtime::connection;
 use runtime::settings::{LogSettings, NatsSettings};
 use runtime::telemetry::LogFormat;
+use runtime::{Credentials, connection};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
@@ -40,6 +40,9 @@ pub struct Up {
         conflicts_with = "nats_port"
     )]
     nats: Option<Vec<ServerAddr>>,
+
+    #[command(flatten)]
+    credentials: Credentials,
 
     /// The port of the broker that is started, on 127.0.0.1; its monitoring gets this port + 4000
     #[arg(long, env = "EVENODD_NATS_PORT", value_name = "PORT", default_value = "4222", value_parser = clap::value_parser!(u16).range(1..=61535))]
@@ -130,7 +133,8 @@ impl Up {
             while self.nats.is_none() && TcpStream::connect(own).await.is_err() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
-            let settings = NatsSettings { nats: servers.clone() };
+            let settings =
+                NatsSettings { nats: servers.clone(), credentials: self.credentials.clone() };
             let client = connection::connect(&settings, USER, "evenodd up").await?;
             let wait = Duration::from_secs(120);
             for outcome in provision::provision(&client, 1, wait).await? {
@@ -210,6 +214,7 @@ impl Up {
     /// What every service is told.
     fn common_args(&self, log: &LogSettings) -> Vec<String> {
         let mut args = vec!["--drain-ms".to_owned(), DRAIN.as_millis().to_string()];
+        args.extend(self.credentials.to_args());
         if let Some(filter) = &log.log {
             args.extend(["--log".to_owned(), filter.clone()]);
         }

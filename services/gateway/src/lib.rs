@@ -115,6 +115,10 @@ impl Service for Settings {
         &self.common
     }
 
+    fn health(&self) -> Option<(SocketAddr, &'static str)> {
+        Some((self.http, "/readyz"))
+    }
+
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         serve::raise_file_limit(self.max_connections);
         let listener = TcpListener::bind(self.http).await.with_context(|| {

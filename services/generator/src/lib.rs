@@ -3,11 +3,13 @@
 //! A service of the NATS Services API (ADR-32), so that `nats micro ls` shows every replica and
 //! its statistics. It has no state: any number of replicas share the requests as a queue group.
 
+use std::net::SocketAddr;
 use std::time::Instant;
 
 use async_nats::{Client, Message};
 use clap::{Parser, ValueEnum};
 use contract::Parity;
+use runtime::health::HealthSettings;
 use runtime::micro::{self, Counters, Description, Requests};
 use runtime::settings::CommonSettings;
 use runtime::{Service, connection};
@@ -24,6 +26,9 @@ pub struct Settings {
 
     #[command(flatten)]
     common: CommonSettings,
+
+    #[command(flatten)]
+    health: HealthSettings,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -46,6 +51,10 @@ impl Service for Settings {
         &self.common
     }
 
+    fn health(&self) -> Option<(SocketAddr, &'static str)> {
+        self.health.page()
+    }
+
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         let parity = Parity::from(self.parity);
         let client = connection::connect(&self.common.nats, parity.name(), parity.name()).await?;
@@ -62,9 +71,11 @@ impl Service for Settings {
         let mut requests = Requests::join(&client, about).await?;
         info!(subject = parity.subject(), id = micro.id, "answering");
 
+        let mut health = std::pin::pin!(self.health.serve(client.clone()));
         let mut leaving = false;
         loop {
             tokio::select! {
+                never = &mut health => match never? {},
                 () = shutdown.cancelled(), if !leaving => {
                     leaving = true;
                     requests.leave(self.common.drain_ms.mul_f64(0.6)).await;

@@ -9,12 +9,14 @@ mod claim;
 mod numbers;
 mod outbox;
 
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_nats::Client;
 use clap::Parser;
 use contract::{Outcome, Parity, Product, Slot, SlotLength, TickDone, subjects};
+use runtime::health::HealthSettings;
 use runtime::jetstream::{self, PublishError};
 use runtime::micro::{self, Description, Micro};
 use runtime::settings::CommonSettings;
@@ -45,6 +47,9 @@ pub struct Settings {
     #[command(flatten)]
     common: CommonSettings,
 
+    #[command(flatten)]
+    health: HealthSettings,
+
     /// The length of a slot in milliseconds, the same for all replicas; only tests change it
     #[arg(long, env = "EVENODD_SLOT_MS", value_name = "MS", default_value = "500", hide = true, value_parser = slot_length)]
     slot_ms: SlotLength,
@@ -58,6 +63,10 @@ fn slot_length(text: &str) -> Result<SlotLength, String> {
 impl Service for Settings {
     fn common(&self) -> &CommonSettings {
         &self.common
+    }
+
+    fn health(&self) -> Option<(SocketAddr, &'static str)> {
+        self.health.page()
     }
 
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
@@ -81,6 +90,7 @@ impl Service for Settings {
         });
         tokio::select! {
             () = ticker.run(&shutdown) => {}
+            never = self.health.serve(flushing.clone()) => match never? {},
             // The outbox ends after the ticker, unless it has failed.
             result = &mut publisher => return Ok(result?),
         }

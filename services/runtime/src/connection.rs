@@ -1,12 +1,13 @@
 //! The connection to NATS: named, kept up for ever, and every change of it logged.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::client::Request;
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, Event};
+use async_nats::{Client, ConnectOptions, Event, ReconnectToServer, Server, ServerAddr};
+use rand::seq::SliceRandom;
 use tracing::{debug, info, warn};
 
 use crate::settings::NatsSettings;
@@ -41,19 +42,29 @@ pub async fn connect(settings: &NatsSettings, user: &str, name: &str) -> anyhow:
     info!(%servers, "connecting to NATS");
     // What lasts is told once for each connection, not at every attempt and every message.
     let told = Arc::new(AtomicBool::new(false));
-    let options = ConnectOptions::new()
+    // The client does not tell a certificate that it does not trust from a server that is not there.
+    let unreachable = match settings.credentials.tls_ca {
+        Some(_) => "cannot reach NATS, or --tls-ca has not signed its certificate; trying for ever",
+        None => "cannot reach NATS; trying for ever",
+    };
+    let latest = Mutex::new(None);
+    let options = settings.credentials.apply(ConnectOptions::new());
+    let options = options
         .name(name)
         .custom_inbox_prefix(format!("_INBOX_{user}"))
         .retry_on_initial_connect()
         .max_reconnects(None)
         .reconnect_delay_callback(reconnect_delay)
+        .reconnect_to_server_callback(move |servers, _| {
+            std::future::ready(next_server(servers, &latest))
+        })
         .connection_timeout(CONNECTION_TIMEOUT)
         .request_timeout(Some(REQUEST_TIMEOUT))
         .ping_interval(PING_INTERVAL)
         .client_capacity(COMMAND_CAPACITY)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .event_callback(move |event| {
-            log_event(&event, &servers, &told);
+            log_event(&event, &servers, unreachable, &told);
             std::future::ready(())
         });
     Ok(options.connect(&settings.nats).await?)
@@ -77,14 +88,32 @@ pub fn request(client: &Client) -> Request {
 
 /// Waits for the connection, at most for `limit`. Whether it is there.
 pub async fn wait_until_connected(client: &Client, limit: Duration) -> bool {
-    // The client has no way to wait for a change of its state.
+    tokio::time::timeout(limit, until(|| is_connected(client))).await.is_ok()
+}
+
+/// Gives a connection up that brings nothing, though it is open, and returns when there is another
+/// one: with another server, if there is any. A server that is cut off is noticed by its pings
+/// after 2 to 3 s; whoever knows better has this.
+pub async fn reconnect(client: &Client) {
+    let before = connects(client);
+    // This fails when the connection was closed for good; then there is nothing to wait for either.
+    if client.force_reconnect().await.is_ok() {
+        until(|| connects(client) > before).await;
+    }
+}
+
+/// How often the client has connected.
+#[must_use]
+pub fn connects(client: &Client) -> u64 {
+    client.statistics().connects.load(Ordering::Relaxed)
+}
+
+/// The client has no way to wait for a change of its state.
+async fn until(condition: impl Fn() -> bool) {
     const POLL: Duration = Duration::from_millis(5);
-    let connected = async {
-        while !is_connected(client) {
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    tokio::time::timeout(limit, connected).await.is_ok()
+    while !condition() {
+        tokio::time::sleep(POLL).await;
+    }
 }
 
 /// Waits until what was published has left the process: at most a second, and not at all without
@@ -106,17 +135,33 @@ fn reconnect_delay(attempts: usize) -> Duration {
     ceiling.mul_f64(rand::random_range(0.1..=1.0))
 }
 
-fn log_event(event: &Event, servers: &str, told: &AtomicBool) {
+/// Any server but the latest one: that one was just lost, or did not let the client in.
+fn next_server(
+    mut servers: Vec<Server>,
+    latest: &Mutex<Option<ServerAddr>>,
+) -> Option<ReconnectToServer> {
+    let mut latest = latest.lock().unwrap_or_else(PoisonError::into_inner);
+    servers.shuffle(&mut rand::rng());
+    servers.sort_by_key(|server| (latest.as_ref() == Some(&server.addr), server.failed_attempts));
+    *latest = servers.into_iter().next().map(|server| server.addr);
+    // Without a delay of its own it is `reconnect_delay`.
+    latest.clone().map(|addr| ReconnectToServer { addr, delay: None })
+}
+
+fn log_event(event: &Event, servers: &str, unreachable: &str, told: &AtomicBool) {
     match event {
         Event::Connected => {
             told.store(false, Ordering::Relaxed);
             info!("connected to NATS");
         }
         Event::ClientError(error) if !told.swap(true, Ordering::Relaxed) => {
-            warn!(servers, %error, "cannot reach NATS; trying for ever");
+            warn!(servers, %error, "{unreachable}");
         }
         Event::ClientError(error) => debug!(%error, "NATS connection"),
         Event::Disconnected => warn!("disconnected from NATS; reconnecting"),
+        Event::ServerError(error) => {
+            warn!(%error, "the NATS server refuses; is --nkey the key of this service?");
+        }
         Event::LameDuckMode => info!("the NATS server is about to stop; moving to another"),
         Event::Draining | Event::Closed => debug!(%event, "NATS connection"),
         // There is one for every message that is dropped.
@@ -124,7 +169,6 @@ fn log_event(event: &Event, servers: &str, told: &AtomicBool) {
             warn!(%event, "messages come faster than they are taken; some are dropped");
         }
         Event::SlowConsumer(_) => debug!(%event, "NATS connection"),
-        other => warn!(event = %other, "NATS connection"),
     }
 }
 

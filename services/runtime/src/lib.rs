@@ -2,6 +2,8 @@
 //! telemetry, shutdown, and the few requests to `JetStream` that more than one of them makes.
 
 pub mod connection;
+mod credentials;
+pub mod health;
 pub mod history;
 pub mod jetstream;
 pub mod micro;
@@ -9,4 +11,5 @@ mod process;
 pub mod settings;
 pub mod telemetry;
 
+pub use credentials::Credentials;
 pub use process::{Service, main, shutdown_on_signal};

@@ -17,6 +17,8 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::connection;
+
 /// What a service tells about itself.
 #[derive(Clone, Copy, Debug)]
 pub struct Description {
@@ -235,5 +237,5 @@ async fn subscribe(client: &Client, about: Description) -> anyhow::Result<Subscr
 /// How often the client has connected; before the first time it counts as connected, because what
 /// is subscribed then belongs to the first connection.
 fn connects(client: &Client) -> u64 {
-    client.statistics().connects.load(Ordering::Relaxed).max(1)
+    connection::connects(client).max(1)
 }

@@ -1,20 +1,24 @@
 //! The shell of a service process: settings, logging, signals, and an end within bounds.
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Command, Parser};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use crate::settings::{self, CommonSettings};
-use crate::telemetry;
+use crate::{health, telemetry};
 
 /// A service: settings that know how to run.
 pub trait Service: Parser {
     /// The settings that every service has.
     fn common(&self) -> &CommonSettings;
+
+    /// The address and path where `healthcheck` asks whether it is well.
+    fn health(&self) -> Option<(SocketAddr, &'static str)>;
 
     /// Does the service's work until `shutdown` is cancelled, then finishes what it has begun.
     /// To return before that is a failure, whatever it returns.
@@ -25,9 +29,16 @@ pub trait Service: Parser {
 /// failure or a drain that took too long, 2 for wrong settings.
 #[must_use]
 pub fn main<S: Service>() -> ExitCode {
-    let service = settings::parse::<S>();
+    let about = "Ask the service that runs here with the same flags (before this) and environment whether it is well";
+    let healthcheck = Command::new("healthcheck").about(about);
+    let command = S::command().subcommand(healthcheck).disable_help_subcommand(true);
+    let (service, subcommand) = settings::parse_command::<S>(command);
+    if subcommand.is_some() {
+        return health::check(service.health());
+    }
     let common = service.common().clone();
-    telemetry::start(&common.log, "info,async_nats=warn");
+    // The connector says at every attempt what `connection` says once.
+    telemetry::start(&common.log, "info,async_nats=warn,async_nats::connector=off");
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {

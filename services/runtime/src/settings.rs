@@ -12,6 +12,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Command, FromArgMatches, Parser};
 use tracing_subscriber::EnvFilter;
 
+use crate::credentials::Credentials;
 use crate::telemetry::LogFormat;
 
 /// What every service can be told.
@@ -44,6 +45,10 @@ pub struct NatsSettings {
         value_parser = server
     )]
     pub nats: Vec<ServerAddr>,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub credentials: Credentials,
 }
 
 /// What is logged, and how.
@@ -92,8 +97,13 @@ pub fn milliseconds(bounds: std::ops::RangeInclusive<u64>) -> ValueParser {
 /// Reads the settings from the command line and the environment. Where they are wrong, it says
 /// everything that is wrong and ends the process with status 2.
 pub fn parse<T: Parser>() -> T {
-    match try_parse(T::command(), &std::env::args_os().collect::<Vec<_>>()) {
-        Ok(settings) => settings,
+    parse_command(T::command()).0
+}
+
+/// The same for a command with more subcommands than `T` knows; also the one that was given.
+pub(crate) fn parse_command<T: FromArgMatches>(command: Command) -> (T, Option<String>) {
+    match try_parse(command, &std::env::args_os().collect::<Vec<_>>()) {
+        Ok(read) => read,
         Err(Stop::Help(error)) => error.exit(),
         Err(Stop::Faults(faults)) => {
             use std::io::Write;
@@ -118,14 +128,19 @@ enum Stop {
 
 /// clap stops at the first fault. So each faulty argument is made harmless once its fault is
 /// noted, and the rest is read again.
-fn try_parse<T: FromArgMatches>(mut command: Command, args: &[OsString]) -> Result<T, Stop> {
+fn try_parse<T: FromArgMatches>(
+    mut command: Command,
+    args: &[OsString],
+) -> Result<(T, Option<String>), Stop> {
     let mut args = args.to_vec();
     let mut faults = Vec::new();
     let mut known = Vec::new();
     loop {
         let error = match command.clone().try_get_matches_from(&args) {
             Ok(matches) if faults.is_empty() => match T::from_arg_matches(&matches) {
-                Ok(settings) => return Ok(settings),
+                Ok(settings) => {
+                    return Ok((settings, matches.subcommand_name().map(ToOwned::to_owned)));
+                }
                 Err(error) => error,
             },
             Ok(_) => return Err(Stop::Faults(faults)),
@@ -214,7 +229,7 @@ mod tests {
 
     fn read(args: &str) -> Result<Settings, Stop> {
         let args: Vec<OsString> = args.split_whitespace().map(Into::into).collect();
-        try_parse(Settings::command(), &args)
+        try_parse(Settings::command(), &args).map(|(settings, _)| settings)
     }
 
     fn faults(args: &str) -> Vec<String> {

@@ -8,6 +8,7 @@ mod gateway;
 mod generator;
 mod history;
 mod install;
+mod keys;
 mod live;
 mod multiplier;
 mod numbers;

@@ -1,0 +1,97 @@
+//! Whether a service is well, for a container's health check: a page that says so, and the
+//! subcommand `healthcheck` that asks for it.
+
+use std::convert::Infallible;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use async_nats::Client;
+use clap::Args;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpListener;
+
+use crate::connection;
+
+/// How long a question and its answer may take.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// For a service that does not serve HTTP anyway.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct HealthSettings {
+    /// Answer `GET /healthz` here: 200, or 503 without a connection to NATS
+    #[arg(long, env = "EVENODD_HEALTH", value_name = "ADDRESS:PORT")]
+    health: Option<SocketAddr>,
+}
+
+impl HealthSettings {
+    /// Where `healthcheck` asks.
+    #[must_use]
+    pub fn page(&self) -> Option<(SocketAddr, &'static str)> {
+        self.health.map(|address| (address, "/healthz"))
+    }
+
+    /// Answers for as long as the client lives, if it is to; one question at a time.
+    ///
+    /// # Errors
+    /// If the address cannot be listened on.
+    pub async fn serve(self, client: Client) -> anyhow::Result<Infallible> {
+        let Some(address) = self.health else { return std::future::pending().await };
+        let listener = TcpListener::bind(address).await.with_context(|| {
+            format!("cannot listen on {address}; choose another address with --health")
+        })?;
+        loop {
+            let Ok((stream, _)) = listener.accept().await else {
+                tokio::time::sleep(TIMEOUT).await;
+                continue;
+            };
+            let answer = service_fn(async |_| {
+                let (status, text) = match connection::is_connected(&client) {
+                    true => (StatusCode::OK, "ok\n"),
+                    false => (StatusCode::SERVICE_UNAVAILABLE, "not connected to NATS\n"),
+                };
+                Response::builder().status(status).body(text.to_owned())
+            });
+            let mut builder = http1::Builder::new();
+            builder.keep_alive(false).timer(TokioTimer::new());
+            let connection = builder.serve_connection(TokioIo::new(stream), answer);
+            // Whoever asked in another way has no answer.
+            let _ = tokio::time::timeout(TIMEOUT, connection).await;
+        }
+    }
+}
+
+/// The whole of `healthcheck`: status 0 if the page says so, 1 if not.
+pub(crate) fn check(page: Option<(SocketAddr, &'static str)>) -> ExitCode {
+    let (healthy, text) = match page.context("there is nothing to ask: set --health").and_then(ask)
+    {
+        Ok(answer) => answer,
+        Err(error) => (false, format!("{error:#}\n")),
+    };
+    // Docker keeps this and shows it with `docker inspect`.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn ask((mut address, path): (SocketAddr, &'static str)) -> anyhow::Result<(bool, String)> {
+    if address.ip().is_unspecified() {
+        address.set_ip(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    }
+    let asked = || {
+        let mut stream = std::net::TcpStream::connect_timeout(&address, TIMEOUT)?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.take(4096).read_to_string(&mut answer)?;
+        std::io::Result::Ok(answer)
+    };
+    let answer = asked().with_context(|| format!("http://{address}{path}"))?;
+    let healthy = answer.split_whitespace().nth(1) == Some("200");
+    let text = answer.split_once("\r\n\r\n").map_or(answer.as_str(), |(_, body)| body);
+    Ok((healthy, text.to_owned()))
+}

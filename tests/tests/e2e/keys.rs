@@ -1,0 +1,211 @@
+//! Keys and certificates: how they are made, and that a service is only content with the right ones.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use tests::{Broker, Process, Scratch};
+
+/// Makes keys and returns the directory, the exit status and what was printed.
+async fn keys(scratch: &Scratch, name: &str, args: &[&str]) -> (String, Option<i32>, String) {
+    let directory = scratch.path(name).to_str().unwrap().to_owned();
+    let args = [&["keys", "--directory", &directory], args].concat();
+    let mut process = Process::start(scratch, "evenodd", &args);
+    (directory, process.wait().await.code(), process.log())
+}
+
+/// Every file with its mode and content.
+fn files(directory: &str) -> BTreeMap<String, (u32, String)> {
+    let files = fs::read_dir(directory).unwrap().map(|entry| {
+        let entry = entry.unwrap();
+        let mode = entry.metadata().unwrap().permissions().mode() & 0o777;
+        let content = fs::read_to_string(entry.path()).unwrap();
+        (entry.file_name().into_string().unwrap(), (mode, content))
+    });
+    files.collect()
+}
+
+#[tokio::test]
+async fn keys_are_made_once_and_what_is_missing_is_made_again() {
+    let scratch = Scratch::new();
+    let group = fs::metadata(scratch.path("")).unwrap().gid();
+    let groups = format!("even={group}");
+    let args = ["--servers", "a,10.0.0.7", "--groups", &groups];
+    let (directory, status, output) = keys(&scratch, "keys", &args).await;
+    assert_eq!(status, Some(0), "{output}");
+    let made = files(&directory);
+    let modes: BTreeMap<_, _> =
+        made.iter().map(|(name, (mode, _))| (name.as_str(), *mode)).collect();
+    let expected = BTreeMap::from([
+        ("10.0.0.7.key", 0o600),
+        ("10.0.0.7.pem", 0o644),
+        ("a.key", 0o600),
+        ("a.pem", 0o644),
+        ("ca.key", 0o600),
+        ("ca.pem", 0o644),
+        ("even.nk", 0o640),
+        ("gateway.nk", 0o600),
+        ("multiplier.nk", 0o600),
+        ("odd.nk", 0o600),
+        ("operator.nk", 0o600),
+        ("users.conf", 0o644),
+    ]);
+    assert_eq!(modes, expected);
+    for (name, (_, content)) in made.iter().filter(|(_, (mode, _))| *mode == 0o644) {
+        let secret = made.values().any(|(mode, secret)| *mode != 0o644 && content.contains(secret));
+        assert!(!secret, "{name}: {content}");
+    }
+
+    let (_, status, output) = keys(&scratch, "keys", &args).await;
+    assert_eq!((status, output.as_str()), (Some(0), ""));
+    assert_eq!(files(&directory), made);
+
+    // A new user's key also changes the list of public ones; a server's certificate is not used
+    // without its key.
+    for file in ["odd.nk", "a.key"] {
+        fs::remove_file(Path::new(&directory).join(file)).unwrap();
+    }
+    let (_, status, output) = keys(&scratch, "keys", &args).await;
+    assert_eq!(status, Some(0), "{output}");
+    let again = files(&directory);
+    let changed: Vec<_> = again.iter().filter(|(name, file)| made[*name] != **file).collect();
+    let changed: Vec<_> = changed.into_iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(changed, ["a.key", "a.pem", "odd.nk", "users.conf"]);
+}
+
+#[tokio::test]
+async fn keys_that_cannot_be_made_are_told() {
+    let scratch = Scratch::new();
+    for (args, told) in [
+        (["--groups", "evn=1"], "evn is neither a user (even, odd, multiplier, gateway, operator)"),
+        (["--servers", "a/b"], "\"a/b\" is no host name"),
+        (["--directory", "/proc/keys"], "cannot make /proc/keys"),
+    ] {
+        let args = [&["keys"][..], &args].concat();
+        let mut process = Process::start(&scratch, "evenodd", &args);
+        assert_eq!(process.wait().await.code(), Some(1));
+        assert!(process.log().contains(told), "{}", process.log());
+    }
+    // An authority whose key is gone signs nothing more; a new one would not be trusted by those
+    // who have the old one.
+    let (directory, ..) = keys(&scratch, "keys", &[]).await;
+    fs::remove_file(Path::new(&directory).join("ca.key")).unwrap();
+    let (_, status, output) = keys(&scratch, "keys", &["--servers", "nats-4"]).await;
+    assert_eq!(status, Some(1));
+    assert!(output.contains("ca.key is not there"), "{output}");
+}
+
+/// A broker that knows the users and has a certificate.
+async fn broker(scratch: &Scratch, keys: &str) -> Broker {
+    let configuration = scratch.path("tls.conf");
+    let text = format!(
+        r#"
+        host: 127.0.0.1
+        jetstream {{}}
+        tls {{ cert_file: "{keys}/nats-1.pem", key_file: "{keys}/nats-1.key" }}
+        allow_non_tls: true
+        include "keys/users.conf"
+        authorization {{
+          users: [
+            {{ nkey: $EVEN_KEY }}, {{ nkey: $ODD_KEY }}, {{ nkey: $MULTIPLIER_KEY }}
+            {{ nkey: $GATEWAY_KEY }}, {{ nkey: $OPERATOR_KEY }}
+          ]
+        }}
+        "#
+    );
+    fs::write(&configuration, text).unwrap();
+    Broker::start_with(scratch, &configuration).await
+}
+
+#[tokio::test]
+async fn with_the_right_keys_it_works_and_with_wrong_ones_it_says_so() {
+    let scratch = Scratch::new();
+    let (right, ..) = keys(&scratch, "keys", &[]).await;
+    let (wrong, ..) = keys(&scratch, "others", &[]).await;
+    let broker = broker(&scratch, &right).await;
+    let generator = |nkey: String, tls_ca: String| {
+        let args =
+            ["--parity", "even", "--nats", &broker.url(), "--nkey", &nkey, "--tls-ca", &tls_ca];
+        Process::start(&scratch, "generator", &args)
+    };
+    let [right_key, wrong_key] = [&right, &wrong].map(|keys| format!("{keys}/even.nk"));
+    let [right_ca, wrong_ca] = [&right, &wrong].map(|keys| format!("{keys}/ca.pem"));
+    let mut process = generator(right_key.clone(), right_ca.clone());
+    process.wait_for("connected to NATS").await;
+    let mut process = generator(wrong_key, right_ca.clone());
+    process.wait_for("authorization violation").await;
+    // Another authority's certificate: not even the key is shown.
+    let mut process = generator(right_key.clone(), wrong_ca);
+    process.wait_for("or --tls-ca has not signed its certificate").await;
+    assert!(!process.log().contains("connected to NATS\n"), "{}", process.log());
+
+    let operator = format!("{right}/operator.nk");
+    let args = ["provision", "--nats", &broker.url(), "--nkey", &operator, "--tls-ca", &right_ca];
+    let mut process = Process::start(&scratch, "evenodd", &args);
+    assert!(process.wait().await.success(), "{}", process.log());
+
+    // Whoever is told an authority never talks in the clear.
+    let scratch = Scratch::new();
+    let plain = Broker::start(&scratch).await;
+    let args = ["--parity", "even", "--nats", &plain.url(), "--tls-ca", &right_ca];
+    let mut process = Process::start(&scratch, "generator", &args);
+    process.wait_for("cannot reach NATS").await;
+}
+
+#[tokio::test]
+async fn wrong_key_files_are_wrong_settings_all_told_at_once() {
+    let scratch = Scratch::new();
+    let (keys, ..) = keys(&scratch, "keys", &[]).await;
+    let account = scratch.path("account.nk");
+    fs::write(&account, nkeys::KeyPair::new_account().seed().unwrap()).unwrap();
+    for (nkey, tls_ca, told) in [
+        ("/none", "/none", ["'--nkey <FILE>': No such file", "'--tls-ca <FILE>': "]),
+        (&format!("{keys}/ca.pem"), &format!("{keys}/even.nk"), ["no seed", "no certificate"]),
+        (account.to_str().unwrap(), &format!("{keys}/ca.key"), ["not of a user", "no certificate"]),
+    ] {
+        let args = ["--nkey", nkey, "--tls-ca", tls_ca];
+        let mut process = Process::start(&scratch, "multiplier", &args);
+        assert_eq!(process.wait().await.code(), Some(2));
+        for told in told {
+            assert!(process.log().contains(told), "{told}: {}", process.log());
+        }
+    }
+}
+
+/// The subcommand that a container's health check runs.
+#[tokio::test]
+async fn health_is_asked_of_the_running_service() {
+    let scratch = Scratch::new();
+    let mut broker = Broker::start(&scratch).await;
+    let (_gateway, http) = tests::gateway(&scratch, &broker.url(), &[]).await;
+    let health = free_address();
+    let args = ["--parity", "odd", "--nats", &broker.url(), "--health", &health];
+    let mut generator = Process::start(&scratch, "generator", &args);
+    generator.wait_for("connected to NATS").await;
+    let ask = async |service: &str, args: &[&str]| {
+        let mut process = Process::start(&scratch, service, &[args, &["healthcheck"]].concat());
+        (process.wait().await.code(), process.log())
+    };
+    assert_eq!(ask("generator", &args).await, (Some(0), "ok\n".to_owned()));
+    // There is no stream, so that this gateway is not ready, and says why.
+    let (status, told) = ask("gateway", &["--http", &http]).await;
+    assert_eq!(status, Some(1));
+    assert!(told.contains("history"), "{told}");
+    broker.kill();
+    generator.wait_for("disconnected").await;
+    assert_eq!(ask("generator", &args).await, (Some(1), "not connected to NATS\n".to_owned()));
+    generator.kill();
+    let (status, told) = ask("generator", &args).await;
+    assert_eq!(status, Some(1));
+    assert!(told.contains("refused"), "{told}");
+    let (status, told) = ask("multiplier", &[]).await;
+    assert_eq!(status, Some(1));
+    assert!(told.contains("set --health"), "{told}");
+}
+
+/// An address that is free at this moment.
+fn free_address() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().to_string()
+}
