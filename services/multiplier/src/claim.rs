@@ -14,8 +14,8 @@ use contract::streams::TICKS;
 use contract::{Claim, Slot, subjects};
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use runtime::history;
 use runtime::jetstream::{self, Ack, PublishError};
+use runtime::{connection, history};
 use tracing::{debug, info, warn};
 
 /// The most bids that are kept; there are as many as replicas.
@@ -72,7 +72,11 @@ impl Claims {
         let (client, times) = (self.client.clone(), self.times);
         let mut verdicts = FuturesUnordered::from_iter([
             first_claim(&client, &claim, times).boxed(),
-            second_claim(&client, &claim, times).boxed(),
+            async {
+                tokio::time::sleep(times.patience).await;
+                claim_again(&client, &claim, times).await
+            }
+            .boxed(),
         ]);
         let mut fault = "no answer".to_owned();
         let verdict = async {
@@ -123,10 +127,17 @@ impl Claims {
             }
         }
         // Nothing heard, not even its own bid: this replica is cut off, or the broker stands still.
-        // What can still come is the answer to the claim.
+        // What can still come is the answer to the claim, or to one by way of another broker.
         if !self.bids.iter().any(|bid| bid.slot == claim.slot) {
-            tokio::time::sleep(self.times.last_chance.saturating_sub(begun.elapsed())).await;
-            return false;
+            let left = self.times.last_chance.saturating_sub(begun.elapsed());
+            let elsewhere = async {
+                connection::reconnect(&self.client).await;
+                match claim_again(&self.client, claim, self.times).await {
+                    Ok(mine) => mine,
+                    Err(_) => std::future::pending().await,
+                }
+            };
+            return tokio::time::timeout(left, elsewhere).await.unwrap_or(false);
         }
         // A replica that was stopped in between has missed what the others said.
         if begun.elapsed() > self.times.slot {
@@ -170,10 +181,9 @@ async fn first_claim(client: &Client, claim: &Claim, times: Times) -> Result<boo
     }
 }
 
-/// The answer to the first claim may be what got lost: asks again a little later, and on
-/// `duplicate` looks whose claim it is that was stored.
-async fn second_claim(client: &Client, claim: &Claim, times: Times) -> Result<bool, String> {
-    tokio::time::sleep(times.patience).await;
+/// The answer to the first claim may be what got lost: asks again, and on `duplicate` looks whose
+/// claim it is that was stored.
+async fn claim_again(client: &Client, claim: &Claim, times: Times) -> Result<bool, String> {
     let ack = publish(client, claim, times.slot).await.map_err(|error| error.to_string())?;
     if !ack.duplicate {
         return Ok(true);
