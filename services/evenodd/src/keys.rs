@@ -32,7 +32,7 @@ const PUBLIC: u32 = 0o644;
 
 /// Make the keys and certificates of a cluster, once
 ///
-/// Makes what is missing in the directory and changes nothing that is there: <USER>.nk, the seed of each user's nkey; users.conf, their public keys, for the servers; ca.pem and ca.key, a certificate authority; <SERVER>.pem and <SERVER>.key for each server.
+/// Makes what is missing in the directory and changes nothing that is there: USER.nk, the seed of each user's nkey; users.conf, their public keys, for the servers; ca.pem and ca.key, a certificate authority; SERVER.pem and SERVER.key for each server.
 #[derive(Args, Debug)]
 pub struct Keys {
     /// Where to put them
