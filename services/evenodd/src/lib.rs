@@ -5,6 +5,7 @@
 
 mod keys;
 mod provision;
+mod takeover;
 mod token;
 mod up;
 mod verify;
@@ -33,6 +34,7 @@ enum Command {
     Up(up::Up),
     Provision(provision::Provision),
     Keys(keys::Keys),
+    Takeover(takeover::Takeover),
     Verify(verify::Verify),
     Token(token::Token),
 }
@@ -51,6 +53,7 @@ pub fn main() -> ExitCode {
                 Command::Up(up) => up.run(&cli.log).await,
                 Command::Provision(provision) => provision.run().await,
                 Command::Keys(keys) => keys.run(),
+                Command::Takeover(takeover) => takeover.run().await,
                 Command::Verify(verify) => verify.run().await,
                 Command::Token(token) => token.run(),
             }

@@ -17,4 +17,5 @@ mod page;
 mod process;
 mod provisioning;
 mod replicas;
+mod takeover;
 mod up;

@@ -1,0 +1,154 @@
+//! `evenodd takeover`: copies the history of another broker, message for message: sequences and
+//! times stay as they are.
+//!
+//! The server makes a snapshot of the stream and restores it (the `JetStream` API `STREAM.SNAPSHOT` and
+//! `STREAM.RESTORE`, as `nats stream backup` uses it); what happens here is that the pieces are passed on. A mirror would copy as
+//! well, but needs the two brokers to be connected as leaf nodes for as long as it takes.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use async_nats::jetstream::response::Response;
+use async_nats::jetstream::stream::{Info, State};
+use async_nats::{Client, ServerAddr};
+use clap::Args;
+use contract::streams::{self, NUMBERS};
+use futures::StreamExt;
+use indicatif::ProgressBar;
+use runtime::connection;
+use runtime::settings::{NatsSettings, server};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::USER;
+
+/// How long the servers may take to begin and to end: the snapshot is checked before, and the
+/// index made afterwards.
+const PATIENCE: Duration = Duration::from_mins(10);
+/// How long one piece may take.
+const PIECE_PATIENCE: Duration = Duration::from_secs(30);
+/// A piece, in bytes: within the `max_payload` of both of our configurations.
+const PIECE: usize = 32 * 1024;
+
+/// Copy the history of another broker here, with its sequences and times
+///
+/// There must be no history here yet, and nothing may publish there meanwhile. The other broker keeps its own.
+#[derive(Args, Clone, Debug)]
+pub struct Takeover {
+    /// The broker that has the history
+    #[arg(long, value_name = "URL", hide_env_values = true, value_parser = server)]
+    from: ServerAddr,
+
+    #[command(flatten)]
+    nats: NatsSettings,
+
+    /// How many servers keep the copy: 1 on one machine, 3 in a cluster
+    #[arg(long, env = "EVENODD_REPLICAS", value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=5))]
+    replicas: u8,
+}
+
+/// The beginning of a snapshot.
+#[derive(Deserialize)]
+struct Snapshot {
+    state: Value,
+}
+
+/// Where a restore takes its pieces.
+#[derive(Deserialize)]
+struct Restore {
+    deliver_subject: String,
+}
+
+impl Takeover {
+    pub async fn run(self) -> anyhow::Result<ExitCode> {
+        let other =
+            NatsSettings { nats: vec![self.from], credentials: runtime::Credentials::default() };
+        let from = connection::connect(&other, USER, "evenodd takeover").await?;
+        let to = connection::connect(&self.nats, USER, "evenodd takeover").await?;
+        for (client, flag) in [(&from, "--from"), (&to, "--nats")] {
+            let connected = connection::wait_until_connected(client, Duration::from_secs(10));
+            ensure!(connected.await, "NATS is not reachable; see {flag}");
+        }
+        let before = state(&from).await.context("the history of --from")?;
+
+        let inbox = from.new_inbox();
+        let mut pieces = from.subscribe(inbox.clone()).await?;
+        let order = json!({ "deliver_subject": inbox, "no_consumers": true, "chunk_size": PIECE });
+        let snapshot: Snapshot = ask(&from, "$JS.API.STREAM.SNAPSHOT", order).await?;
+        let config = streams::numbers(self.replicas.into());
+        let order = json!({ "config": config, "state": snapshot.state });
+        let restore: Restore = ask(&to, "$JS.API.STREAM.RESTORE", order).await?;
+
+        let progress = ProgressBar::new_spinner();
+        let last = loop {
+            let piece = tokio::time::timeout(PIECE_PATIENCE, pieces.next())
+                .await
+                .context("--from has stopped to send")?
+                .context("the connection to --from was closed")?;
+            if let Some(status) = piece.status.filter(|status| status.as_u16() >= 400) {
+                bail!("--from: {status} {}", piece.description.unwrap_or_default());
+            }
+            let end = piece.payload.is_empty();
+            progress.inc(piece.payload.len() as u64);
+            progress.set_message(format!("{} MB", progress.position() / 1_000_000));
+            let request = connection::request(&to).payload(piece.payload);
+            let sent = to.send_request(restore.deliver_subject.clone(), request);
+            let patience = if end { PATIENCE } else { PIECE_PATIENCE };
+            let answer = tokio::time::timeout(patience, sent).await.context("--nats")??;
+            if end {
+                break answer;
+            }
+            ensure!(answer.payload.is_empty(), "--nats: {:?}", answer.payload);
+            if let Some(reply) = piece.reply {
+                from.publish(reply, "".into()).await?;
+            }
+        };
+        progress.finish_and_clear();
+        let copy: Info = read(&last.payload)?;
+        let after = state(&from).await?;
+        ensure!(
+            same(&before, &copy.state) && same(&after, &copy.state),
+            "the copy has the sequences {} to {}, --from {} to {}: was something published there \
+             meanwhile? Stop that, remove the copy, and begin again",
+            copy.state.first_sequence,
+            copy.state.last_sequence,
+            after.first_sequence,
+            after.last_sequence,
+        );
+        println!(
+            "stream {NUMBERS}: copied {} messages, sequences {} to {}",
+            copy.state.messages, copy.state.first_sequence, copy.state.last_sequence
+        );
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+async fn state(client: &Client) -> anyhow::Result<State> {
+    let stream = async_nats::jetstream::new(client.clone()).get_stream(NUMBERS).await?;
+    Ok(stream.cached_info().state.clone())
+}
+
+fn same(one: &State, other: &State) -> bool {
+    let key = |state: &State| (state.first_sequence, state.last_sequence, state.messages);
+    key(one) == key(other)
+}
+
+async fn ask<T: for<'a> Deserialize<'a>>(
+    client: &Client,
+    api: &str,
+    order: Value,
+) -> anyhow::Result<T> {
+    let subject = format!("{api}.{NUMBERS}");
+    let request = connection::request(client).payload(order.to_string().into());
+    let answer = tokio::time::timeout(PATIENCE, client.send_request(subject.clone(), request));
+    let answer = answer.await.with_context(|| subject.clone())?.with_context(|| subject.clone())?;
+    read(&answer.payload).context(subject)
+}
+
+fn read<T: for<'a> Deserialize<'a>>(payload: &[u8]) -> anyhow::Result<T> {
+    match serde_json::from_slice(payload)? {
+        Response::Ok(answer) => Ok(answer),
+        Response::Err { error } => bail!(error),
+    }
+}

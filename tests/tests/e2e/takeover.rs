@@ -1,0 +1,58 @@
+//! `evenodd takeover`: a history is copied from one broker to another.
+
+use runtime::history::{self, MAX_BATCH};
+use tests::{Broker, Pipeline, Process, Scratch, connect};
+
+/// Runs it, and returns its exit status and what it printed.
+async fn takeover(from: &Broker, to: &Broker, scratch: &Scratch) -> (Option<i32>, String) {
+    let args = ["takeover", "--from", &from.url(), "--nats", &to.url()];
+    let mut process = Process::start(scratch, "evenodd", &args);
+    (process.wait().await.code(), process.log())
+}
+
+#[tokio::test]
+async fn sequences_and_times_are_kept_and_nothing_is_overwritten() {
+    let old = Pipeline::new().await;
+    // More than one piece, and something that does not decode: it is history all the same.
+    for slot in 0..2000 {
+        old.publish(1000 + slot).await;
+    }
+    old.store(9000, b"no number".to_vec()).await;
+    let scratch = Scratch::new();
+    let new = Broker::start(&scratch).await;
+    let (status, output) = takeover(&old.broker, &new, &scratch).await;
+    assert_eq!(status, Some(0), "{output}");
+    assert!(output.contains("copied 2001 messages, sequences 1 to 2001"), "{output}");
+    let client = connect(&new).await;
+    for from in [1, 1001, 2001] {
+        let copied = history::read(&client, "NUMBERS", from, MAX_BATCH).await.unwrap();
+        assert_eq!(copied, old.entries(from, MAX_BATCH).await);
+    }
+    let mut provision = Process::start(&scratch, "evenodd", &["provision", "--nats", &new.url()]);
+    assert!(provision.wait().await.success());
+    assert!(provision.log().contains("stream NUMBERS: as it must be"), "{}", provision.log());
+
+    // There is a history now.
+    let (status, output) = takeover(&old.broker, &new, &scratch).await;
+    assert_eq!(status, Some(1));
+    assert!(output.contains("stream name already in use"), "{output}");
+    assert_eq!(
+        old.entries(2001, 1).await,
+        history::read(&client, "NUMBERS", 2001, 1).await.unwrap()
+    );
+}
+
+#[tokio::test]
+async fn a_broker_without_a_history_or_that_is_not_there_is_named() {
+    let scratch = Scratch::new();
+    let (empty, other) = (Broker::start(&scratch).await, Scratch::new());
+    let new = Broker::start(&other).await;
+    let (status, output) = takeover(&empty, &new, &scratch).await;
+    assert_eq!(status, Some(1));
+    assert!(output.contains("the history of --from"), "{output}");
+    let mut gone = Broker::start(&Scratch::new()).await;
+    gone.kill();
+    let (status, output) = takeover(&gone, &new, &scratch).await;
+    assert_eq!(status, Some(1));
+    assert!(output.contains("NATS is not reachable; see --from"), "{output}");
+}
