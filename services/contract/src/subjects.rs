@@ -12,3 +12,10 @@ pub const CLAIM: &str = "ticks.claim";
 pub const TAKING: &str = "ticks.taking";
 /// One record for every tick, whatever came of it; never stored.
 pub const DONE: &str = "ticks.done";
+
+/// Whether a subject is one of these, or may become one. Whoever asks a service names the subject
+/// of the answer: to these no answer is sent, or it would be stored, or taken for a bid.
+#[must_use]
+pub fn is_ours(subject: &str) -> bool {
+    subject.starts_with("numbers.") || subject.starts_with("ticks.")
+}

@@ -93,8 +93,7 @@ impl Service for Settings {
 }
 
 async fn answer(client: &Client, parity: Parity, request: Message, counters: &Counters) {
-    // Whoever names no reply subject wants no answer.
-    let Some(reply) = request.reply else { return };
+    let Some(reply) = micro::reply_subject(request) else { return };
     let begun = Instant::now();
     let payload = Parity::encode_reply(random(parity));
     let sent = client.publish(reply, payload.into()).await;

@@ -163,7 +163,9 @@ async fn ask_once(
             .map_err(timed_out)?
             .ok_or_else(|| unexpected("the connection was closed".to_owned()))?;
         match message.status.map(|status| status.as_u16()) {
-            None => entries.push(entry(message).map_err(unexpected)?),
+            // What is stored may have a status too: anything can be published.
+            _ if is_stored(&message) => entries.push(entry(message).map_err(unexpected)?),
+            None => return Err(unexpected(format!("no header {NATS_SEQUENCE}"))),
             Some(END_OF_BATCH | NOT_FOUND) => return Ok(entries),
             Some(NO_RESPONDERS) => return Err(ReadError::NoStream(stream)),
             Some(status) => {
@@ -175,6 +177,10 @@ async fn ask_once(
             return Ok(entries);
         }
     }
+}
+
+fn is_stored(message: &Message) -> bool {
+    message.headers.as_ref().is_some_and(|headers| headers.get(NATS_SEQUENCE).is_some())
 }
 
 fn entry(message: Message) -> Result<Entry, String> {
@@ -191,9 +197,10 @@ fn entry(message: Message) -> Result<Entry, String> {
     })
 }
 
+/// The server adds its headers after those of the publisher, who may have sent the same.
 fn header(headers: &HeaderMap, name: async_nats::HeaderName) -> Result<&str, String> {
     headers
-        .get(name.clone())
+        .get_last(name.clone())
         .map(async_nats::HeaderValue::as_str)
         .ok_or_else(|| format!("no header {name}"))
 }

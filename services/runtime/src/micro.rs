@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use async_nats::{Client, Message, Subscriber};
+use async_nats::{Client, Message, Subject, Subscriber};
+use contract::subjects;
 use futures::StreamExt;
 use futures::stream::select_all;
 use serde_json::{Value, json};
@@ -80,14 +81,21 @@ pub async fn announce(client: &Client, about: Description) -> anyhow::Result<Mic
         async move {
             while let Some(question) = questions.next().await {
                 let answer = answer(&question, about, &id, &started, &counters);
-                // Without a reply subject nobody waits; without a connection nobody hears.
-                if let (Some(reply), Some(answer)) = (question.reply, answer) {
+                // Without a connection nobody hears.
+                if let (Some(reply), Some(answer)) = (reply_subject(question), answer) {
                     let _ = client.publish(reply, answer.to_string().into()).await;
                 }
             }
         }
     });
     Ok(Micro { id, counters, _answers: AbortOnDropHandle::new(answers) })
+}
+
+/// Where the answer to a request goes: nowhere if nobody waits for it, or if the subject that was
+/// named for it is one of the pipeline's own.
+#[must_use]
+pub fn reply_subject(request: Message) -> Option<Subject> {
+    request.reply.filter(|reply| !subjects::is_ours(reply))
 }
 
 fn answer(

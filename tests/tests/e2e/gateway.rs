@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use contract::subjects;
 use tests::http::{get, request};
 use tests::{Broker, Pipeline, Scratch, eventually};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -75,6 +76,36 @@ async fn invalid_payloads_are_skipped() {
     let (status, output) = pipeline.evenodd(&["verify"]).await;
     assert_eq!(status, Some(1), "{output}");
     assert!(output.contains("sequence 4: ") && output.contains("sequence 420: "), "{output}");
+}
+
+/// Whoever may ask the server something can have the answer sent into the history. Such messages
+/// look much like the answers by which it is read, and must not be taken for these.
+#[tokio::test]
+async fn answers_in_the_history_are_skipped() {
+    let pipeline = Pipeline::new().await;
+    let (_gateway, address) = pipeline.gateway().await;
+    // Without a message id, so that a copy of it is no duplicate.
+    let valid = contract::Product::new(846, 511).unwrap().encode();
+    pipeline.client.publish(subjects::PUBLISHED, valid.into()).await.unwrap();
+    let asks = [
+        // The copy, and the end of a batch; a message that is not there; something long.
+        ("$JS.API.DIRECT.GET.NUMBERS", r#"{"seq":1,"batch":1}"#),
+        ("$JS.API.DIRECT.GET.NUMBERS", r#"{"seq":999999}"#),
+        ("$JS.API.STREAM.INFO.NUMBERS", ""),
+    ];
+    for (last, (api, question)) in [3, 4, 5].into_iter().zip(asks) {
+        let reply = subjects::PUBLISHED;
+        pipeline.client.publish_with_reply(api, reply, question.into()).await.unwrap();
+        eventually("it is stored", async || pipeline.history().await.len() == last).await;
+    }
+    pipeline.publish(1).await;
+    assert_eq!(sequences(&address, 6).await, [6, 2, 1]);
+    let entries = pipeline.history().await;
+    assert_eq!(entries.iter().map(|entry| entry.sequence).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
+    assert!(entries.is_sorted_by_key(|entry| entry.time), "{entries:?}");
+    let (status, output) = pipeline.evenodd(&["verify"]).await;
+    assert_eq!(status, Some(1), "{output}");
+    assert!(output.contains("sequence 3: not a valid message"), "{output}");
 }
 
 #[tokio::test]

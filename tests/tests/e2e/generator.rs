@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use contract::Parity;
 use futures::future::join_all;
+use futures::{FutureExt, StreamExt};
 use nix::sys::signal::Signal;
-use tests::{Broker, Process, Scratch, connect, eventually};
+use tests::{Broker, Pipeline, Process, Scratch, connect, eventually};
 
 async fn start(scratch: &Scratch, broker: &Broker, parity: Parity) -> Process {
     let args = ["--parity", parity.name(), "--nats", &broker.url()];
@@ -106,6 +107,30 @@ async fn each_parity_covers_its_whole_range() {
         }
         assert_eq!(seen, parity.numbers().collect());
     }
+}
+
+/// Whoever asks names the subject of the answer; no service writes where the pipeline itself does.
+#[tokio::test]
+async fn nobody_is_made_to_write_in_the_name_of_another() {
+    let pipeline = Pipeline::new().await;
+    let _generators = pipeline.generators().await;
+    // It answers `$SRV` as the multiplier does, and writes nothing that could be mistaken.
+    let (_gateway, _) = pipeline.gateway().await;
+    let client = &pipeline.client;
+    let mut written = client.subscribe("ticks.>").await.unwrap();
+    let mut answers = client.subscribe("elsewhere").await.unwrap();
+    for subject in ["numbers.even", "$SRV.PING.gateway", "$SRV.STATS.odd"] {
+        for reply in ["numbers.published", "ticks.claim", "ticks.taking", "elsewhere"] {
+            client.publish_with_reply(subject, reply, "".into()).await.unwrap();
+        }
+    }
+    // Of one even generator, one gateway, two odd generators.
+    for _ in 0..4 {
+        answers.next().await.unwrap();
+    }
+    client.flush().await.unwrap();
+    assert!(written.next().now_or_never().is_none());
+    assert_eq!(pipeline.history().await, []);
 }
 
 #[tokio::test]
