@@ -93,6 +93,11 @@ pub struct Settings {
     #[arg(long, env = "EVENODD_HISTORY_READS", value_name = "N", default_value = "20", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     history_reads: u32,
 
+    /// How long to go on as before after SIGTERM, of the time of --drain-ms, in milliseconds:
+    /// /readyz is 404 from the first moment, so that a load balancer sends the next clients elsewhere
+    #[arg(long, env = "EVENODD_LINGER_MS", value_name = "MS", default_value = "0", value_parser = milliseconds(0..=600_000))]
+    linger_ms: Duration,
+
     #[command(flatten)]
     access: Access,
 }
@@ -107,6 +112,9 @@ struct Gateway {
     event_streams: Arc<Semaphore>,
     request_time: Duration,
     counters: Arc<Counters>,
+    /// No further client should come.
+    leaving: CancellationToken,
+    /// No further client is let in, and feeds end.
     shutdown: CancellationToken,
 }
 
@@ -119,7 +127,7 @@ impl Service for Settings {
         Some((self.http, "/readyz"))
     }
 
-    async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+    async fn run(self, leaving: CancellationToken) -> anyhow::Result<()> {
         serve::raise_file_limit(self.max_connections);
         let listener = TcpListener::bind(self.http).await.with_context(|| {
             format!("cannot listen on {}; choose another address with --http", self.http)
@@ -132,6 +140,7 @@ impl Service for Settings {
         let (replicas, list) = Replicas::new(client.clone()).await?;
         let history = History::new(client.clone(), self.history_reads, self.max_exports);
         let history = Arc::new(history);
+        let shutdown = CancellationToken::new();
         let routes = routes::all(Arc::new(Gateway {
             history: history.clone(),
             client: client.clone(),
@@ -141,6 +150,7 @@ impl Service for Settings {
             event_streams: Arc::new(Semaphore::new(self.max_event_streams as usize)),
             request_time: self.request_ms,
             counters: micro.counters.clone(),
+            leaving: leaving.clone(),
             shutdown: shutdown.clone(),
         }));
         let bounds = Bounds {
@@ -148,7 +158,16 @@ impl Service for Settings {
             header_time: self.header_ms,
             header_bytes: self.header_bytes as usize,
             stall: self.request_ms,
-            drain: self.common.drain_ms.mul_f64(0.8),
+            drain: self.common.drain_ms.mul_f64(0.8).saturating_sub(self.linger_ms),
+        };
+        let linger = {
+            let (linger, shutdown) = (self.linger_ms, shutdown.clone());
+            async move {
+                leaving.cancelled().await;
+                tokio::time::sleep(linger).await;
+                shutdown.cancel();
+                std::future::pending().await
+            }
         };
         info!(id = micro.id, "serving http://{address}/");
         tokio::select! {
@@ -156,6 +175,7 @@ impl Service for Settings {
             never = replicas.run() => never?,
             never = self.access.reload_on_hangup() => match never? {},
             never = history.refill() => match never {},
+            never = linger => match never {},
             () = serve::serve(listener, routes, bounds, shutdown) => {}
         }
         connection::flush(&client).await;

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use contract::subjects;
-use tests::http::{get, request};
+use nix::sys::signal::Signal;
+use tests::http::{Lines, get, request};
 use tests::{Broker, Pipeline, Scratch, eventually};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -87,6 +88,7 @@ async fn answers_in_the_history_are_skipped() {
     // Without a message id, so that a copy of it is no duplicate.
     let valid = contract::Product::new(846, 511).unwrap().encode();
     pipeline.client.publish(subjects::PUBLISHED, valid.into()).await.unwrap();
+    eventually("it is stored", async || pipeline.history().await.len() == 1).await;
     let asks = [
         // The copy, and the end of a batch; a message that is not there; something long.
         ("$JS.API.DIRECT.GET.NUMBERS", r#"{"seq":1,"batch":1}"#),
@@ -163,6 +165,24 @@ async fn serves_what_it_has_while_the_broker_is_down() {
     eventually("not ready", async || readyz().await == 503).await;
     pipeline.broker.thaw();
     eventually("ready again", async || readyz().await == 200).await;
+}
+
+/// A load balancer learns that a gateway stops before clients do.
+#[tokio::test]
+async fn goes_on_for_a_moment_after_sigterm() {
+    let pipeline = Pipeline::new().await;
+    pipeline.publish(1).await;
+    let (mut gateway, address) = pipeline.gateway_with(&["--linger-ms", "1500"]).await;
+    assert_eq!(sequences(&address, 1).await, [1]);
+    let mut feed = Lines::open(&address, "/numbers/live", &[]).await;
+    gateway.signal(Signal::SIGTERM);
+    eventually("not ready", async || get(&address, "/readyz", &[]).await.status == 404).await;
+    assert_eq!(get(&address, "/healthz", &[]).await.status, 200);
+    pipeline.publish(2).await;
+    assert_eq!(sequences(&address, 2).await, [2, 1]);
+    assert_eq!(feed.sequences(1).await, [2]);
+    assert_eq!(feed.event().await.unwrap().name, "shutdown");
+    assert!(gateway.wait().await.success());
 }
 
 #[tokio::test]
