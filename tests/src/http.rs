@@ -1,6 +1,8 @@
 //! A small HTTP client: one request, one connection. It speaks HTTP/1.0, so that every body ends
 //! with its connection and needs no decoding.
 
+use std::io;
+
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
@@ -62,6 +64,11 @@ pub async fn get(address: &str, path: &str, headers: &[&str]) -> Answer {
     request(address, "GET", path, headers).await
 }
 
+/// The same of a server that may just be away.
+pub async fn try_get(address: &str, path: &str) -> io::Result<Answer> {
+    answer(send(address, "GET", path, &[]).await?).await
+}
+
 /// `POST path` with a body in JSON, to a server that speaks HTTP/1.1 alone.
 pub async fn post(address: &str, path: &str, body: &Value) -> Answer {
     let body = body.to_string();
@@ -73,7 +80,7 @@ pub async fn post(address: &str, path: &str, body: &Value) -> Answer {
     stream.write_all(request.as_bytes()).await.unwrap();
     // The answer has a length; the connection may stay open.
     let mut reader = BufReader::new(stream);
-    let head = head(&mut reader).await;
+    let head = head(&mut reader).await.unwrap();
     let length = header(&lower_names(&head), "content-length").map(|length| length.parse());
     let mut bytes = vec![0; length.expect("a length").unwrap()];
     reader.read_exact(&mut bytes).await.unwrap();
@@ -82,37 +89,37 @@ pub async fn post(address: &str, path: &str, body: &Value) -> Answer {
 
 /// A request without a body.
 pub async fn request(address: &str, method: &str, path: &str, headers: &[&str]) -> Answer {
-    answer(send(address, method, path, headers).await).await
+    answer(send(address, method, path, headers).await.unwrap()).await.unwrap()
 }
 
-async fn answer(stream: TcpStream) -> Answer {
+async fn answer(stream: TcpStream) -> io::Result<Answer> {
     let mut reader = BufReader::new(stream);
-    let head = head(&mut reader).await;
+    let head = head(&mut reader).await?;
     let mut bytes = Vec::new();
-    let read = timeout(PATIENCE, reader.read_to_end(&mut bytes));
-    read.await.expect("no end").unwrap();
-    Answer::new(&head, bytes)
+    timeout(PATIENCE, reader.read_to_end(&mut bytes)).await??;
+    Ok(Answer::new(&head, bytes))
 }
 
 /// Reads up to the body.
-async fn head(reader: &mut BufReader<TcpStream>) -> String {
+async fn head(reader: &mut BufReader<TcpStream>) -> io::Result<String> {
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
-        let read = timeout(PATIENCE, reader.read_line(&mut head)).await;
-        assert!(read.expect("no answer").unwrap() > 0, "closed: {head}");
+        if timeout(PATIENCE, reader.read_line(&mut head)).await?? == 0 {
+            return Err(io::Error::other(format!("closed: {head}")));
+        }
     }
-    head
+    Ok(head)
 }
 
-async fn send(address: &str, method: &str, path: &str, headers: &[&str]) -> TcpStream {
-    let mut stream = TcpStream::connect(address).await.unwrap();
+async fn send(address: &str, method: &str, path: &str, headers: &[&str]) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect(address).await?;
     let mut head = format!("{method} {path} HTTP/1.0\r\nHost: {address}\r\n");
     for header in headers {
         head += header;
         head += "\r\n";
     }
-    stream.write_all((head + "\r\n").as_bytes()).await.unwrap();
-    stream
+    stream.write_all((head + "\r\n").as_bytes()).await?;
+    Ok(stream)
 }
 
 fn status(head: &str) -> u16 {
@@ -151,14 +158,23 @@ pub struct Event {
 impl Lines {
     /// `GET path`, answered with a head.
     pub async fn open(address: &str, path: &str, headers: &[&str]) -> Self {
-        Self::over(send(address, "GET", path, headers).await).await
+        Self::try_open(address, path, headers).await.unwrap()
+    }
+
+    /// The same of a server that may just be away.
+    pub async fn try_open(address: &str, path: &str, headers: &[&str]) -> io::Result<Self> {
+        Self::try_over(send(address, "GET", path, headers).await?).await
     }
 
     /// What comes over a connection on which the request was sent.
     pub async fn over(stream: TcpStream) -> Self {
+        Self::try_over(stream).await.unwrap()
+    }
+
+    async fn try_over(stream: TcpStream) -> io::Result<Self> {
         let mut reader = BufReader::new(stream);
-        let head = head(&mut reader).await;
-        Self { status: status(&head), head: lower_names(&head), reader }
+        let head = head(&mut reader).await?;
+        Ok(Self { status: status(&head), head: lower_names(&head), reader })
     }
 
     /// The next line; `None` at the end.

@@ -8,10 +8,12 @@
 
 mod broker;
 pub mod browser;
+pub mod cluster;
 pub mod http;
 mod pipeline;
 mod process;
 mod ticks;
+pub mod watch;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -1,0 +1,196 @@
+//! The cluster of `docker-compose.yml`, unmodified, in real containers.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use async_nats::jetstream::stream::Info;
+use async_nats::{Client, ConnectOptions};
+use contract::streams::{NUMBERS, TICKS};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::{Scratch, repository};
+
+/// A project of its own: the volumes of a cluster that somebody runs here are not touched.
+const PROJECT: &str = "evenodd-test";
+/// Where HAProxy serves HTTP.
+pub const HTTP: &str = "127.0.0.1:8080";
+/// Where HAProxy passes NATS on.
+pub const NATS: &str = "127.0.0.1:4222";
+/// The brokers.
+pub const BROKERS: [&str; 3] = ["nats-1", "nats-2", "nats-3"];
+/// Whoever has a key.
+pub const USERS: [&str; 5] = ["even", "odd", "multiplier", "gateway", "operator"];
+
+/// Runs a program to its end, and returns what it printed.
+///
+/// # Panics
+/// If it fails.
+#[must_use]
+pub fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).current_dir(repository()).output();
+    let output = output.unwrap_or_else(|e| panic!("{program}: {e}"));
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(
+        output.status.success(),
+        "{program} {}: {}\n{}{}",
+        args.join(" "),
+        output.status,
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+    text(&output.stdout).trim_end().to_owned()
+}
+
+/// `docker compose`, on this project.
+pub fn compose(args: &[&str]) -> String {
+    run("docker", &[&["compose", "--project-name", PROJECT], args].concat())
+}
+
+/// `docker`.
+pub fn docker(args: &[&str]) -> String {
+    run("docker", args)
+}
+
+/// The running containers of a service, by name; of all services with an empty name.
+#[must_use]
+pub fn containers(service: &str) -> Vec<String> {
+    let project = format!("label=com.docker.compose.project={PROJECT}");
+    let mut args = vec!["ps", "--format", "{{.Names}}", "--filter", &project];
+    let filter = format!("label=com.docker.compose.service={service}");
+    if !service.is_empty() {
+        args.extend(["--filter", &filter]);
+    }
+    let mut names: Vec<_> = docker(&args).lines().map(ToOwned::to_owned).collect();
+    names.sort();
+    names
+}
+
+/// What `docker inspect` says, in a format of Go's templates.
+#[must_use]
+pub fn inspect(container: &str, format: &str) -> String {
+    docker(&["inspect", "--format", format, container])
+}
+
+/// Ends the process of a container as a crash would: Docker starts it again.
+/// (`docker kill` would be an order to keep it stopped.)
+pub fn crash(container: &str) {
+    let pid = inspect(container, "{{.State.Pid}}").parse().unwrap();
+    kill(Pid::from_raw(pid), Signal::SIGKILL).expect("the right to kill it: run this as root");
+}
+
+/// Takes a container off the network. Connections stay open, and nothing comes through.
+pub fn disconnect(container: &str) {
+    docker(&["network", "disconnect", &network(), container]);
+}
+
+/// Puts a container of this service back on the network.
+pub fn reconnect(container: &str, service: &str) {
+    docker(&["network", "connect", "--alias", service, &network(), container]);
+}
+
+/// The network that all containers share.
+#[must_use]
+pub fn network() -> String {
+    format!("{PROJECT}_default")
+}
+
+/// The address of a container in that network.
+#[must_use]
+pub fn ip(container: &str) -> String {
+    inspect(container, "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}")
+}
+
+/// The name of the only container of a service.
+#[must_use]
+pub fn container(service: &str) -> String {
+    format!("{PROJECT}-{service}-1")
+}
+
+/// Polls until `condition` holds.
+///
+/// # Panics
+/// If it does not within two minutes: a broker may have to elect leaders and catch up first.
+pub async fn in_time(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let begun = Instant::now();
+    while !condition().await {
+        assert!(begun.elapsed() < Duration::from_mins(2), "never came true: {what}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// Copies of the keys that the cluster made.
+pub struct Keys(PathBuf);
+
+impl Keys {
+    /// Takes them out of their volume.
+    #[must_use]
+    pub fn copy(scratch: &Scratch, name: &str) -> Self {
+        let directory = scratch.path(name);
+        docker(&["cp", &format!("{}:/keys", container("keys")), directory.to_str().unwrap()]);
+        Self(directory)
+    }
+
+    /// The path of a file among them.
+    #[must_use]
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.0.join(file)
+    }
+
+    /// Every file and its content.
+    #[must_use]
+    pub fn contents(&self) -> BTreeMap<String, String> {
+        let files = std::fs::read_dir(&self.0).unwrap().map(|file| {
+            let file = file.unwrap();
+            let content = std::fs::read_to_string(file.path()).unwrap();
+            (file.file_name().into_string().unwrap(), content)
+        });
+        files.collect()
+    }
+
+    /// How a user connects.
+    #[must_use]
+    pub fn options(&self, user: &str) -> ConnectOptions {
+        let seed = std::fs::read_to_string(self.path(&format!("{user}.nk"))).unwrap();
+        ConnectOptions::new()
+            .nkey(seed)
+            .require_tls(true)
+            .add_root_certificates(self.path("ca.pem"))
+            .custom_inbox_prefix(format!("_INBOX_{user}"))
+            .ping_interval(Duration::from_secs(1))
+            .request_timeout(Some(Duration::from_secs(2)))
+            .connection_timeout(Duration::from_secs(2))
+            .retry_on_initial_connect()
+    }
+
+    /// A client with all rights, on whichever broker HAProxy chooses.
+    pub async fn operator(&self) -> Client {
+        self.options("operator").connect(NATS).await.unwrap()
+    }
+}
+
+/// What the leader of a stream says of it, if there is one.
+pub async fn stream_info(operator: &Client, stream: &str) -> Option<Info> {
+    let context = async_nats::jetstream::new(operator.clone());
+    let stream = context.get_stream(stream).await.ok()?;
+    Some(stream.cached_info().clone())
+}
+
+/// Whether all three brokers have all of both streams, and every container is well.
+pub async fn is_whole(operator: &Client) -> bool {
+    for stream in [NUMBERS, TICKS] {
+        let cluster = stream_info(operator, stream).await.and_then(|info| info.cluster);
+        let current = cluster.is_some_and(|cluster| {
+            let current = |peer: &async_nats::jetstream::stream::PeerInfo| peer.current;
+            cluster.leader.is_some()
+                && cluster.replicas.iter().filter(|peer| current(peer)).count() == 2
+        });
+        if !current {
+            return false;
+        }
+    }
+    let well = "{{.State.Status}} {{.State.Health.Status}}";
+    containers("").iter().all(|container| inspect(container, well) == "running healthy")
+}

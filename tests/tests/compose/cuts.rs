@@ -1,0 +1,45 @@
+//! Brokers and multipliers are taken off the network and put back.
+
+use std::time::Duration;
+
+use tests::cluster::{self, BROKERS, containers};
+use tests::watch::{Follow, Poll, Watch, between_ticks, without_gap_or_repeat};
+
+use crate::Cluster;
+
+pub async fn any_cable_may_break(cluster: Cluster) {
+    let brokers = BROKERS.map(|broker| (cluster::container(broker), broker));
+    let multipliers =
+        containers("multiplier").into_iter().map(|container| (container, "multiplier"));
+    for (container, service) in brokers.into_iter().chain(multipliers) {
+        cluster.heals().await;
+        let (watch, poll, follow) = (Watch::start().await, Poll::start(), Follow::start());
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        between_ticks().await;
+        cluster::disconnect(&container);
+        tokio::time::sleep(Duration::from_secs(12)).await;
+        cluster::reconnect(&container, service);
+        tokio::time::sleep(Duration::from_secs(8)).await;
+        let (polled, sequences) = (poll.stop().await, follow.stop().await);
+        let watched = watch.stop(&cluster.operator).await;
+        println!(
+            "  {container}: {} missed, {} doubled, tick gap {} ms, publish delay {} ms ({} late), {} \
+             requests, the longest time without an answer {} ms",
+            watched.missed.len(),
+            watched.doubled.len(),
+            watched.tick_gap.as_millis(),
+            watched.publish_delay.as_millis(),
+            watched.late,
+            polled.answered,
+            polled.longest_gap.as_millis(),
+        );
+        assert_eq!(polled.faults, Vec::<String>::new(), "{container}");
+        assert!(without_gap_or_repeat(&sequences), "{container}: {sequences:?}");
+        // A broker that is cut off takes, at worst, the stream's leader and both multipliers'
+        // connections with it in one moment (docs/adr/0001-slots-and-claims.md).
+        let allowed = usize::from(service != "multiplier");
+        assert!(watched.missed.len() <= allowed, "{container}: {watched:?}");
+        assert!(watched.doubled.is_empty(), "{container}: {watched:?}");
+    }
+    cluster.heals().await;
+}

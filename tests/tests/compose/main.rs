@@ -1,0 +1,101 @@
+//! The cluster of `docker-compose.yml`, from nothing to the end: one cluster, one step after the
+//! other. `make test-compose` runs all of them, `make test-compose ARGS="kills cuts"` some.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
+
+mod cuts;
+mod kills;
+mod permissions;
+mod restarts;
+mod scaling;
+mod start;
+mod takeover;
+
+use std::net::TcpListener;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use async_nats::Client;
+use futures::FutureExt;
+use tests::Scratch;
+use tests::cluster::{self, HTTP, Keys, NATS, compose, in_time, is_whole};
+
+/// A cluster that runs.
+pub struct Cluster {
+    keys: Keys,
+    operator: Client,
+    scratch: Scratch,
+}
+
+impl Cluster {
+    /// Of the containers that are there.
+    async fn attach() -> Self {
+        let scratch = Scratch::new();
+        let keys = Keys::copy(&scratch, "keys");
+        let operator = keys.operator().await;
+        Self { keys, operator, scratch }
+    }
+
+    /// Waits until everything is as it was before a fault.
+    async fn heals(&self) {
+        in_time("it heals", async || is_whole(&self.operator).await).await;
+    }
+}
+
+/// A step: a name, and what it does with the cluster.
+type Step = (&'static str, fn(Cluster) -> Pin<Box<dyn Future<Output = ()>>>);
+
+/// In this order. Each leaves a whole cluster behind.
+const STEPS: [Step; 8] = [
+    ("start", |cluster| Box::pin(start::the_cluster_is_redundant(cluster))),
+    ("permissions", |cluster| Box::pin(permissions::everybody_may_do_what_they_need(cluster))),
+    ("strangers", |cluster| Box::pin(permissions::strangers_are_refused(cluster))),
+    ("scaling", |cluster| Box::pin(scaling::services_come_and_go(cluster))),
+    ("kills", |cluster| Box::pin(kills::any_process_may_die(cluster))),
+    ("cuts", |cluster| Box::pin(cuts::any_cable_may_break(cluster))),
+    ("restarts", |cluster| Box::pin(restarts::brokers_are_restarted_in_turn(cluster))),
+    ("takeover", |cluster| Box::pin(takeover::a_history_is_taken_over(cluster))),
+];
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let wanted: Vec<String> =
+        std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
+    let unknown = wanted.iter().find(|name| STEPS.iter().all(|(step, _)| step != name));
+    if let Some(name) = unknown {
+        eprintln!("there is no step {name}; there are {}", STEPS.map(|(step, _)| step).join(" "));
+        return ExitCode::from(2);
+    }
+    compose(&["down", "--volumes", "--timeout", "5"]);
+    for address in [HTTP, NATS] {
+        if let Err(error) = TcpListener::bind(address) {
+            eprintln!(
+                "{address}: {error}. Stop what listens there; the cluster publishes this port."
+            );
+            return ExitCode::FAILURE;
+        }
+    }
+    compose(&["build"]);
+    start::from_nothing().await;
+    for (name, step) in STEPS {
+        if !wanted.is_empty() && !wanted.iter().any(|wanted| wanted == name) {
+            continue;
+        }
+        let begun = Instant::now();
+        println!("{name} ...");
+        let run = async { step(Cluster::attach().await).await };
+        if AssertUnwindSafe(run).catch_unwind().await.is_err() {
+            println!("{name} FAILED; the last lines of the containers:");
+            println!("{}", compose(&["ps", "--all"]));
+            println!("{}", compose(&["logs", "--no-color", "--tail", "40"]));
+            compose(&["down", "--volumes", "--timeout", "5"]);
+            return ExitCode::FAILURE;
+        }
+        println!("{name} ok ({} s)", begun.elapsed().as_secs());
+    }
+    compose(&["down", "--volumes"]);
+    assert!(cluster::containers("").is_empty());
+    ExitCode::SUCCESS
+}

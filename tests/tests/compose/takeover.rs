@@ -1,0 +1,73 @@
+//! A history that was made on one machine moves into the cluster.
+
+use contract::streams::{self, NUMBERS};
+use contract::{Product, Slot, subjects};
+use runtime::history::{self, MAX_BATCH};
+use runtime::jetstream;
+use std::time::Duration;
+use tests::cluster::{self, BROKERS, HTTP, compose, docker, in_time, ip, network};
+use tests::http::get;
+use tests::watch;
+
+use crate::Cluster;
+
+const MESSAGES: u64 = 5000;
+
+pub async fn a_history_is_taken_over(cluster: Cluster) {
+    let scratch = &cluster.scratch;
+    tokio::task::block_in_place(|| {
+        compose(&["down", "--volumes"]);
+        // Brokers alone: nothing is published before the history is there.
+        compose(&[&["up", "--detach"][..], &BROKERS].concat());
+    });
+    let store = format!("{}:/data", scratch.path("old").display());
+    let old = docker(&[
+        "run",
+        "--detach",
+        "--network",
+        &network(),
+        "--network-alias",
+        "old",
+        "--volume",
+        &store,
+        "nats:2.15.1-alpine",
+        "--jetstream",
+        "--store_dir",
+        "/data",
+    ]);
+    let from = format!("{}:4222", ip(&old));
+    in_time("the old broker listens", async || async_nats::connect(&from).await.is_ok()).await;
+    let one = async_nats::connect(&from).await.unwrap();
+    async_nats::jetstream::new(one.clone()).create_stream(streams::numbers(1)).await.unwrap();
+    let now = watch::now();
+    for n in 0..MESSAGES {
+        let slot = Slot(now.0 - MESSAGES + n);
+        let payload = Product::new(1000, 101 + 2 * (n % 450)).unwrap().encode().into();
+        let timeout = Duration::from_secs(5);
+        jetstream::publish(&one, subjects::PUBLISHED, slot, payload, timeout).await.unwrap();
+    }
+    let takeover = ["run", "--rm", "provision", "takeover", "--from", "nats://old:4222"];
+    let said = tokio::task::block_in_place(|| compose(&takeover));
+    println!("  {said}");
+
+    tokio::task::block_in_place(|| compose(&["up", "--detach"]));
+    let cluster = Cluster::attach().await;
+    cluster.heals().await;
+    let info = cluster::stream_info(&cluster.operator, NUMBERS).await.unwrap();
+    assert_eq!(info.config.num_replicas, 3);
+    let mut next = 1;
+    while next <= MESSAGES {
+        let left = history::read(&one, NUMBERS, next, MAX_BATCH).await.unwrap();
+        let copied = history::read(&cluster.operator, NUMBERS, next, MAX_BATCH).await.unwrap();
+        let copied: Vec<_> = copied.into_iter().take(left.len()).collect();
+        assert_eq!(copied, left);
+        next += left.len() as u64;
+    }
+    in_time("the history goes on", async || {
+        let numbers = get(HTTP, "/numbers", &[]).await;
+        numbers.status == 200 && numbers.json()["last_seq"].as_u64() > Some(MESSAGES + 3)
+    })
+    .await;
+    println!("  {}", compose(&["run", "--rm", "provision", "verify"]).replace('\n', "\n  "));
+    docker(&["rm", "--force", &old]);
+}
