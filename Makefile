@@ -3,7 +3,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-page test-api test-compose check bench up down logs clean
+.PHONY: help run test test-page test-api test-compose check bench up update down logs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,17 @@ bench: ## measure the steps of a tick and the gateway here (with wrk and nginx, 
 
 up: ## build and start the cluster in containers: http://127.0.0.1:8080/
 	docker compose up --build --detach
+
+# Each step of an update has somebody who serves; HAProxy hears of newcomers within two seconds.
+SERVICES = even odd multiplier gateway
+update: ## replace the services of the cluster by a new version, half of them at a time
+	docker compose build
+	docker compose run --rm provision
+	docker compose up --detach --wait --no-deps --no-recreate $(SERVICES:%=--scale %=4) $(SERVICES)
+	sleep 3
+	docker compose up --detach --wait --no-deps $(SERVICES:%=--scale %=4) $(SERVICES)
+	sleep 3
+	docker compose up --detach --wait --no-deps $(SERVICES)
 
 down: ## stop it; the history stays in its volumes
 	docker compose down

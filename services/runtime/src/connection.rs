@@ -148,6 +148,8 @@ fn next_server(
     latest.clone().map(|addr| ReconnectToServer { addr, delay: None })
 }
 
+const REFUSED: &str = "the NATS server refuses; is --nkey the key of this service?";
+
 fn log_event(event: &Event, servers: &str, unreachable: &str, told: &AtomicBool) {
     match event {
         Event::Connected => {
@@ -155,12 +157,14 @@ fn log_event(event: &Event, servers: &str, unreachable: &str, told: &AtomicBool)
             info!("connected to NATS");
         }
         Event::ClientError(error) if !told.swap(true, Ordering::Relaxed) => {
-            warn!(servers, %error, "{unreachable}");
+            // The client has no kind of its own for this while it connects.
+            let refused = error.to_string().contains("authorization violation");
+            warn!(servers, %error, "{}", if refused { REFUSED } else { unreachable });
         }
         Event::ClientError(error) => debug!(%error, "NATS connection"),
         Event::Disconnected => warn!("disconnected from NATS; reconnecting"),
         Event::ServerError(error) => {
-            warn!(%error, "the NATS server refuses; is --nkey the key of this service?");
+            warn!(%error, "{REFUSED}");
         }
         Event::LameDuckMode => info!("the NATS server is about to stop; moving to another"),
         Event::Draining | Event::Closed => debug!(%event, "NATS connection"),

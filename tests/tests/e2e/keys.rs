@@ -134,7 +134,7 @@ async fn with_the_right_keys_it_works_and_with_wrong_ones_it_says_so() {
     let mut process = generator(right_key.clone(), right_ca.clone());
     process.wait_for("connected to NATS").await;
     let mut process = generator(wrong_key, right_ca.clone());
-    process.wait_for("authorization violation").await;
+    process.wait_for("is --nkey the key of this service?").await;
     // Another authority's certificate: not even the key is shown.
     let mut process = generator(right_key.clone(), wrong_ca);
     process.wait_for("or --tls-ca has not signed its certificate").await;
