@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::Client;
 use async_nats::header::{HeaderMap, NATS_MESSAGE_ID};
-use contract::{Product, Slot, streams::NUMBERS, subjects};
+use contract::{Message, Product, Slot, streams::NUMBERS, subjects};
 use futures::{StreamExt, stream};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;

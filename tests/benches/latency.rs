@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use contract::{Claim, Parity, Product, Slot, subjects};
+use contract::{Claim, Message, Parity, Product, Slot, subjects};
 use runtime::jetstream;
 use tests::Pipeline;
 

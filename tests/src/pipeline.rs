@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use async_nats::Client;
 use contract::streams::NUMBERS;
-use contract::{Parity, Product, Slot, subjects};
+use contract::{Message, Parity, Product, Slot, subjects};
 use runtime::history::{self, Entry};
 use runtime::jetstream;
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use async_nats::{Client, Subscriber};
-use contract::{Slot, TickDone, subjects};
+use contract::{Message, Slot, TickDone, subjects};
 use futures::StreamExt;
 
 use crate::PATIENCE;

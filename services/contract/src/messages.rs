@@ -6,6 +6,7 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::slot::Slot;
@@ -25,6 +26,22 @@ pub enum DecodeError {
         /// What came.
         number: u64,
     },
+}
+
+/// A payload in JSON.
+pub trait Message: Serialize + DeserializeOwned {
+    /// The payload.
+    fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("integers, strings and options of them always serialise")
+    }
+
+    /// The message that a payload holds.
+    ///
+    /// # Errors
+    /// [`DecodeError::Json`] if it holds none: other JSON, a wrong product, a factor out of range.
+    fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
+        Ok(serde_json::from_slice(payload)?)
+    }
 }
 
 /// Which of the two kinds of number.
@@ -154,21 +171,9 @@ impl Product {
     pub fn is_above_threshold(self) -> bool {
         self.number() > THRESHOLD
     }
-
-    /// The payload on `numbers.published`.
-    #[must_use]
-    pub fn encode(self) -> Vec<u8> {
-        encode(&self)
-    }
-
-    /// The product that a payload holds.
-    ///
-    /// # Errors
-    /// [`DecodeError`] if it holds none: other JSON, a wrong product, a factor out of range.
-    pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        Ok(serde_json::from_slice(payload)?)
-    }
 }
+
+impl Message for Product {}
 
 impl From<Product> for ProductFields {
     fn from(product: Product) -> Self {
@@ -204,21 +209,7 @@ pub struct Claim {
     pub multiplier: String,
 }
 
-impl Claim {
-    /// The payload.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        encode(self)
-    }
-
-    /// The claim that a payload holds.
-    ///
-    /// # Errors
-    /// [`DecodeError::Json`] if it holds none.
-    pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        Ok(serde_json::from_slice(payload)?)
-    }
-}
+impl Message for Claim {}
 
 /// What came of a tick.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -260,26 +251,7 @@ pub struct TickDone {
     pub outcome: Outcome,
 }
 
-impl TickDone {
-    /// The payload.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        encode(self)
-    }
-
-    /// The record that a payload holds.
-    ///
-    /// # Errors
-    /// [`DecodeError::Json`] if it holds none.
-    pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        Ok(serde_json::from_slice(payload)?)
-    }
-}
-
-/// These types hold integers, strings and options of them: writing them cannot fail.
-fn encode(message: &impl Serialize) -> Vec<u8> {
-    serde_json::to_vec(message).expect("a message without maps always serialises")
-}
+impl Message for TickDone {}
 
 #[cfg(test)]
 mod tests {

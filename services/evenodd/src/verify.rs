@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use contract::streams::{DUPLICATE_WINDOW, NUMBERS};
-use contract::{Product, Slot, SlotLength, odds};
+use contract::{Message, Product, Slot, SlotLength, odds};
 use indicatif::{ProgressBar, ProgressStyle};
 use runtime::connection;
 use runtime::history::{self, Entry, MAX_BATCH, ReadError};

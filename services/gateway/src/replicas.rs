@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_nats::{Client, Subscriber};
 use bytes::Bytes;
 use contract::messages::TickDone;
-use contract::subjects;
+use contract::{Message, subjects};
 use futures::StreamExt;
 use runtime::connection;
 use serde::{Deserialize, Serialize};

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use contract::Product;
 use contract::streams::NUMBERS;
+use contract::{Message, Product};
 use runtime::history::{Entry, Start};
 use serde::Serialize;
 use time::OffsetDateTime;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::{Client, Subscriber};
 use contract::streams::TICKS;
-use contract::{Claim, Slot, subjects};
+use contract::{Claim, Message, Slot, subjects};
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use runtime::jetstream::{self, Ack, PublishError};

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_nats::Client;
 use clap::Parser;
-use contract::{Outcome, Parity, Product, Slot, SlotLength, TickDone, subjects};
+use contract::{Message, Outcome, Parity, Product, Slot, SlotLength, TickDone, subjects};
 use runtime::health::HealthSettings;
 use runtime::jetstream::{self, PublishError};
 use runtime::micro::{self, Description, Micro};

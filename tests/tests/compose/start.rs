@@ -1,5 +1,6 @@
 //! From nothing to numbers, and that what runs is what was meant.
 
+use contract::Message;
 use std::time::{Duration, Instant};
 
 use contract::streams::{NUMBERS, TICKS};

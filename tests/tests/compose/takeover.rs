@@ -1,7 +1,7 @@
 //! A history that was made on one machine moves into the cluster.
 
 use contract::streams::{self, NUMBERS};
-use contract::{Product, Slot, subjects};
+use contract::{Message, Product, Slot, subjects};
 use runtime::history::{self, MAX_BATCH};
 use runtime::jetstream;
 use std::time::Duration;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use contract::subjects;
+use contract::{Message, subjects};
 use nix::sys::signal::Signal;
 use tests::http::{Lines, get, request};
 use tests::{Broker, Pipeline, Scratch, eventually};

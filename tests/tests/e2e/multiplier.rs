@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use contract::streams::TICKS;
-use contract::{Outcome, Parity, Product, odds, subjects};
+use contract::{Message, Outcome, Parity, Product, odds, subjects};
 use futures::StreamExt;
 use nix::sys::signal::Signal;
 use tests::{Pipeline, Ticks};

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::{self, stream};
 use contract::streams::{self, NUMBERS};
-use contract::{Outcome, Product, Slot, subjects};
+use contract::{Message, Outcome, Product, Slot, subjects};
 use tests::{Broker, Pipeline, Scratch, Ticks, eventually, repository};
 use tokio::time::sleep;
 

@@ -2,7 +2,7 @@
 
 use async_nats::jetstream::{self, stream};
 use contract::streams::{NUMBERS, TICKS};
-use contract::{Product, subjects};
+use contract::{Message, Product, subjects};
 use tests::{Broker, Pipeline, Process, Scratch, connect};
 
 #[tokio::test]
