@@ -149,8 +149,13 @@ impl Up {
         let service = |binary, label, n: u16, own: &[&str]| {
             let mut args = self.common_args(log);
             args.extend(own.iter().map(ToString::to_string));
-            let servers = self.server_list();
-            Spec::service(ready, binary, format!("{label}-{}", n + 1), args, servers)
+            Spec {
+                label: format!("{label}-{}", n + 1),
+                program: ready.binaries.join(binary),
+                args,
+                servers: Some(self.server_list()),
+                ..Spec::default()
+            }
         };
         let gateways = (0..self.gateways)
             .map(|n| service("gateway", "gateway", n, &["--http", &self.http(n).to_string()]))
@@ -207,7 +212,7 @@ impl Up {
             // It says more than anybody wants to read while all is well.
             hide: Some("[INF]"),
             holds: ready.lock.clone(),
-            servers: None,
+            ..Spec::default()
         }
     }
 

@@ -17,8 +17,6 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::preflight::Ready;
-
 /// How long a service may take to finish.
 pub const DRAIN: Duration = Duration::from_secs(5);
 /// How long a child may take to stop before it is killed.
@@ -30,7 +28,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
 
 /// What to start.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Spec {
     /// The prefix of its output.
     pub label: String,
@@ -42,26 +40,6 @@ pub struct Spec {
     pub holds: Option<Arc<File>>,
     /// `EVENODD_NATS`: not an argument, because anybody can read those and it may hold a password.
     pub servers: Option<String>,
-}
-
-impl Spec {
-    /// One of the project's services.
-    pub fn service(
-        ready: &Ready,
-        binary: &str,
-        label: String,
-        args: Vec<String>,
-        servers: String,
-    ) -> Self {
-        Self {
-            label,
-            program: ready.binaries.join(binary),
-            args,
-            hide: None,
-            holds: None,
-            servers: Some(servers),
-        }
-    }
 }
 
 /// A group of children that are stopped together.
