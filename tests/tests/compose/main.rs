@@ -86,11 +86,14 @@ async fn main() -> ExitCode {
         let begun = Instant::now();
         println!("{name} ...");
         let run = async { step(Cluster::attach().await).await };
-        if AssertUnwindSafe(run).catch_unwind().await.is_err() {
-            println!("{name} FAILED; the last lines of the containers:");
+        if let Err(panic) = AssertUnwindSafe(run).catch_unwind().await {
+            println!("the last lines of the containers:");
             println!("{}", compose(&["ps", "--all"]));
             println!("{}", compose(&["logs", "--no-color", "--tail", "40"]));
             compose(&["down", "--volumes", "--timeout", "5"]);
+            // Once more, after all these lines.
+            let why = panic.downcast_ref::<String>().map_or("see above", String::as_str);
+            println!("{name} FAILED: {why}");
             return ExitCode::FAILURE;
         }
         println!("{name} ok ({} s)", begun.elapsed().as_secs());
