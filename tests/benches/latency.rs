@@ -30,7 +30,7 @@ async fn main() {
     let product = Product::new(846, 511).unwrap();
     let (mut claims, mut acks, mut requests) = (Vec::new(), Vec::new(), Vec::new());
     for slot in 0..ROUNDS as u64 {
-        let claim = Claim { slot: Slot(slot), multiplier: "bench".to_owned() };
+        let claim = Claim { slot: Slot(slot), multiplier: "bench".to_owned(), granted: false };
         claims.push(publish(subjects::CLAIM, slot, claim.encode()).await);
         acks.push(publish(subjects::PUBLISHED, slot, product.encode()).await);
         let begun = Instant::now();

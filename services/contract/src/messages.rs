@@ -207,6 +207,9 @@ pub struct Claim {
     pub slot: Slot,
     /// The service id of the multiplier that wants it.
     pub multiplier: String,
+    /// On `ticks.taking`: the stream has given it the slot already.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub granted: bool,
 }
 
 impl Message for Claim {}
@@ -327,7 +330,7 @@ mod tests {
         let reply = include_bytes!("../payloads/v1/reply.json");
         assert_eq!(Parity::Even.decode_reply(reply).unwrap(), 846);
         let claim = Claim::decode(include_bytes!("../payloads/v1/claim.json")).unwrap();
-        assert_eq!(claim.slot, Slot(3_590_000_000));
+        assert_eq!((claim.slot, claim.granted), (Slot(3_590_000_000), false));
         let done = TickDone::decode(include_bytes!("../payloads/v1/done.json")).unwrap();
         assert_eq!(done.outcome, Outcome::Published);
         assert_eq!(done.product, Some(432_306));

@@ -1,18 +1,19 @@
 //! Which replica does the tick of a slot.
 //!
 //! A claim is a publication with the slot as its message id: the stream stores one for each slot,
-//! and whose that is does the tick. While the stream does not answer, because it has no leader or
-//! the broker is frozen, the replicas settle it among themselves: each says on `ticks.taking`
-//! that it would take the slot, and of those that heard each other the one with the smallest id
-//! does. A replica that hears no bid, not even its own, is cut off, and goes on only if its claim
-//! is answered after all.
+//! and whose that is does the tick, and says so on `ticks.taking`. Whoever has no answer after a
+//! while, because the stream has no leader or the broker is frozen, settles it with the others who
+//! have none: each says on `ticks.taking` that it would take the slot, and of those that heard
+//! each other the one with the smallest id does, unless they heard that the stream has given it to
+//! somebody. A replica that hears nothing, not even itself, is cut off, and goes on only if another
+//! broker answers it.
 
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use async_nats::{Client, Subscriber};
 use contract::streams::TICKS;
 use contract::{Claim, Message, Slot, subjects};
-use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use runtime::jetstream::{self, Ack, PublishError};
 use runtime::{connection, history};
@@ -68,58 +69,57 @@ impl Claims {
 
     /// Whether this replica is to do the tick of this slot.
     pub async fn take(&mut self, slot: Slot) -> bool {
-        let claim = Claim { slot, multiplier: self.id.clone() };
-        let (client, times) = (self.client.clone(), self.times);
-        let mut verdicts = FuturesUnordered::from_iter([
-            first_claim(&client, &claim, times).boxed(),
-            async {
-                tokio::time::sleep(times.patience).await;
-                claim_again(&client, &claim, times).await
+        let begun = Instant::now();
+        self.bids.retain(|bid| bid.slot >= slot);
+        let claim = Claim { slot, multiplier: self.id.clone(), granted: false };
+        let answer = publish(&self.client, &claim, self.times.patience).await;
+        self.hear_what_came(slot);
+        let fault = match answer {
+            Ok(Ack { duplicate: true, .. }) | Err(PublishError::InProcess) => {
+                return self.settled(None, false);
             }
-            .boxed(),
-        ]);
-        let mut fault = "no answer".to_owned();
-        let verdict = async {
-            while let Some(verdict) = verdicts.next().await {
-                match verdict {
-                    Ok(mine) => return mine,
-                    Err(error) => fault = error,
-                }
+            Ok(_) if begun.elapsed() <= self.times.patience && !self.has_bids(slot) => {
+                self.bid(&Claim { granted: true, ..claim }).await;
+                return self.settled(None, true);
             }
-            std::future::pending().await
+            // Others may bid by now, and not hear that this one has the slot.
+            Ok(_) => "too late".to_owned(),
+            Err(error) => error.to_string(),
         };
-        let (mine, by_bids) = tokio::select! {
-            biased;
-            mine = verdict => (mine, false),
-            mine = self.settle(&claim) => (mine, true),
-        };
-        if by_bids && !self.by_bids {
-            warn!("claims are not answered ({fault}); the replicas settle slots among themselves");
-        } else if self.by_bids && !by_bids {
-            info!("claims are answered again");
+        tokio::time::sleep(self.times.patience.saturating_sub(begun.elapsed())).await;
+        let mine = self.settle(&claim, begun).await;
+        self.settled(Some(fault), mine)
+    }
+
+    /// Says when the stream ceases to answer, and when it answers again.
+    fn settled(&mut self, fault: Option<String>, mine: bool) -> bool {
+        match &fault {
+            Some(fault) if !self.by_bids => warn!(
+                "claims are not answered ({fault}); the replicas settle slots among themselves"
+            ),
+            None if self.by_bids => info!("claims are answered again"),
+            _ => {}
         }
-        self.by_bids = by_bids;
+        self.by_bids = fault.is_some();
         mine
     }
 
     /// Settles a slot without `JetStream`, after it had time to answer.
-    async fn settle(&mut self, claim: &Claim) -> bool {
-        let begun = Instant::now();
-        self.bids.retain(|bid| bid.slot >= claim.slot);
+    async fn settle(&mut self, claim: &Claim, begun: Instant) -> bool {
         self.hear_what_came(claim.slot);
-        tokio::time::sleep(self.times.patience).await;
-        self.hear_what_came(claim.slot);
+        let mut end = std::pin::pin!(tokio::time::sleep(self.times.bidding));
         // Whoever bid before this replica has the slot. To bid all the same would be to bid
         // against somebody who may have stopped listening.
-        let late = self.bids.iter().any(|bid| bid.slot == claim.slot);
-        if !late {
-            let bid = claim.encode().into();
-            if let Err(error) = self.client.publish(subjects::TAKING, bid).await {
-                debug!(%error, "no bid");
+        if !self.has_bids(claim.slot) {
+            self.bid(claim).await;
+            // The answer to the claim may be what got lost. What another one brings is said in the
+            // first half of the time, so that everybody hears of it in the second.
+            let half = self.times.bidding / 2;
+            let again = claim_again(&self.client, claim, half);
+            if let Ok(Ok(stored)) = tokio::time::timeout(half, again).await {
+                self.bid(&Claim { granted: true, ..stored }).await;
             }
         }
-        // Also without a bid of its own: the stream may still give it the slot.
-        let mut end = std::pin::pin!(tokio::time::sleep(self.times.bidding));
         loop {
             tokio::select! {
                 Some(message) = self.taking.next() => hear(&mut self.bids, claim.slot, &message.payload),
@@ -127,26 +127,34 @@ impl Claims {
             }
         }
         // Nothing heard, not even its own bid: this replica is cut off, or the broker stands still.
-        // What can still come is the answer to the claim, or to one by way of another broker.
-        if !self.bids.iter().any(|bid| bid.slot == claim.slot) {
+        // What can still come is the answer to a claim by way of another broker.
+        if !self.has_bids(claim.slot) {
             let left = self.times.last_chance.saturating_sub(begun.elapsed());
             let elsewhere = async {
                 connection::reconnect(&self.client).await;
-                match claim_again(&self.client, claim, self.times).await {
-                    Ok(mine) => mine,
-                    Err(_) => std::future::pending().await,
-                }
+                claim_again(&self.client, claim, left).await
             };
-            return tokio::time::timeout(left, elsewhere).await.unwrap_or(false);
+            let stored = tokio::time::timeout(left, elsewhere).await;
+            return matches!(stored, Ok(Ok(stored)) if stored == *claim);
         }
         // A replica that was stopped in between has missed what the others said.
         if begun.elapsed() > self.times.slot {
             return false;
         }
         let bids = self.bids.iter().filter(|bid| bid.slot == claim.slot);
-        let winner = bids.map(|bid| &bid.multiplier).min();
+        let winner = bids.min_by_key(|bid| (!bid.granted, &bid.multiplier));
         debug!(slot = %claim.slot, ?winner, "settled by bids");
-        winner == Some(&self.id)
+        winner.is_some_and(|bid| bid.multiplier == self.id)
+    }
+
+    fn has_bids(&self, slot: Slot) -> bool {
+        self.bids.iter().any(|bid| bid.slot == slot)
+    }
+
+    async fn bid(&self, bid: &Claim) {
+        if let Err(error) = self.client.publish(subjects::TAKING, bid.encode().into()).await {
+            debug!(%error, "no bid");
+        }
     }
 
     fn hear_what_came(&mut self, slot: Slot) {
@@ -172,29 +180,13 @@ async fn publish(client: &Client, claim: &Claim, timeout: Duration) -> Result<Ac
     jetstream::publish(client, subjects::CLAIM, claim.slot, body, timeout).await
 }
 
-/// Whether the slot is this replica's, or why the stream did not say.
-async fn first_claim(client: &Client, claim: &Claim, times: Times) -> Result<bool, String> {
-    match publish(client, claim, times.slot).await {
-        Ok(ack) => Ok(!ack.duplicate),
-        Err(PublishError::InProcess) => Ok(false),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
-/// The answer to the first claim may be what got lost: asks again, and on `duplicate` looks whose
-/// claim it is that was stored.
-async fn claim_again(client: &Client, claim: &Claim, times: Times) -> Result<bool, String> {
-    let ack = publish(client, claim, times.slot).await.map_err(|error| error.to_string())?;
+/// Claims again, and returns the claim that the stream has.
+async fn claim_again(client: &Client, claim: &Claim, timeout: Duration) -> anyhow::Result<Claim> {
+    let ack = publish(client, claim, timeout).await?;
     if !ack.duplicate {
-        return Ok(true);
+        return Ok(claim.clone());
     }
-    let stored =
-        history::read(client, TICKS, ack.sequence, 1).await.map_err(|error| error.to_string())?;
-    match stored.first() {
-        Some(entry) if entry.sequence == ack.sequence => match Claim::decode(&entry.payload) {
-            Ok(owner) => Ok(owner == *claim),
-            Err(error) => Err(error.to_string()),
-        },
-        _ => Err("the claim that was stored is gone".to_owned()),
-    }
+    let stored = history::read(client, TICKS, ack.sequence, 1).await?;
+    let stored = stored.first().filter(|stored| stored.sequence == ack.sequence);
+    Ok(Claim::decode(&stored.context("the claim that was stored is gone")?.payload)?)
 }

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use contract::streams::TICKS;
-use contract::{Message, Outcome, Parity, Product, odds, subjects};
+use contract::{Claim, Message, Outcome, Parity, Product, odds, subjects};
 use futures::StreamExt;
 use nix::sys::signal::Signal;
-use tests::{Pipeline, Ticks};
-use tokio::time::sleep;
+use tests::{PATIENCE, Pipeline, Ticks};
+use tokio::time::{sleep, timeout};
 
 /// The slot of real deployments.
 const SLOT_MS: u64 = 500;
@@ -151,6 +151,44 @@ async fn one_tick_a_slot_without_claims() {
     multipliers[0].wait_for("claims are answered again").await;
     ticks.take(3).await;
     assert_one_tick_a_slot(&pipeline, &ticks).await;
+}
+
+/// A replica goes by what it hears of others: the stream's word counts more than a smaller id, and a
+/// bid that was there before more than the stream's word.
+#[tokio::test]
+async fn a_slot_that_another_replica_has_is_not_ticked() {
+    let pipeline = Pipeline::new().await;
+    let _generators = pipeline.generators().await;
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    // Long slots, so that there is time for a test to answer a bid.
+    let mut multiplier = pipeline.multiplier(3 * SLOT_MS).await;
+    let say = async |slot, multiplier: &str, granted| {
+        let claim = Claim { slot, multiplier: multiplier.to_owned(), granted };
+        pipeline.client.publish(subjects::TAKING, claim.encode().into()).await.unwrap();
+    };
+    let mut theirs = Vec::new();
+    // Somebody whose clock is ahead bids for slots that the stream gives to this one.
+    for _ in 0..3 {
+        let slot = ticks.next().await.slot.next();
+        say(slot, "zzz", false).await;
+        theirs.push(slot);
+    }
+    let context = async_nats::jetstream::new(pipeline.client.clone());
+    context.delete_stream(TICKS).await.unwrap();
+    multiplier.wait_for("settle slots among themselves").await;
+    // Somebody to whom the stream gave a slot hears a bid for it.
+    let mut heard = pipeline.client.subscribe(subjects::TAKING).await.unwrap();
+    while theirs.len() < 6 {
+        let message = timeout(PATIENCE, heard.next()).await.unwrap().unwrap();
+        let bid = Claim::decode(&message.payload).unwrap();
+        if bid.multiplier != "zzz" {
+            say(bid.slot, "zzz", true).await;
+            theirs.push(bid.slot);
+        }
+    }
+    ticks.until(|done| Some(&done.slot) > theirs.last()).await;
+    let left: Vec<_> = ticks.irregular().into_keys().collect();
+    assert_eq!(left, theirs);
 }
 
 /// A generator that answers nonsense is not believed; the other one's answer counts.
