@@ -57,6 +57,7 @@ impl Service for Settings {
 
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         let parity = Parity::from(self.parity);
+        let health = self.health.listen().await?;
         let client = connection::connect(&self.common.nats, parity.name(), parity.name()).await?;
         let about = Description {
             name: parity.name(),
@@ -71,11 +72,11 @@ impl Service for Settings {
         let mut requests = Requests::join(&client, about).await?;
         info!(subject = parity.subject(), id = micro.id, "answering");
 
-        let mut health = std::pin::pin!(self.health.serve(client.clone()));
+        let mut health = std::pin::pin!(health.serve(client.clone()));
         let mut leaving = false;
         loop {
             tokio::select! {
-                never = &mut health => match never? {},
+                never = &mut health => match never {},
                 () = shutdown.cancelled(), if !leaving => {
                     leaving = true;
                     requests.leave(self.common.drain_ms.mul_f64(0.6)).await;

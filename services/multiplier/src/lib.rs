@@ -70,6 +70,7 @@ impl Service for Settings {
     }
 
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let health = self.health.listen().await?;
         let client = connection::connect(&self.common.nats, ABOUT.name, ABOUT.name).await?;
         let micro = micro::announce(&client, ABOUT).await?;
         let claims = Claims::new(&client, &micro.id, self.slot_ms.duration()).await?;
@@ -90,7 +91,7 @@ impl Service for Settings {
         });
         tokio::select! {
             () = ticker.run(&shutdown) => {}
-            never = self.health.serve(flushing.clone()) => match never? {},
+            never = health.serve(flushing.clone()) => match never {},
             // The outbox ends after the ticker, unless it has failed.
             result = &mut publisher => return Ok(result?),
         }

@@ -36,15 +36,26 @@ impl HealthSettings {
         self.health.map(|address| (address, "/healthz"))
     }
 
-    /// Answers for as long as the client lives, if it is to; one question at a time.
+    /// Takes the address, if there is one. Questions wait until they are answered.
     ///
     /// # Errors
     /// If the address cannot be listened on.
-    pub async fn serve(self, client: Client) -> anyhow::Result<Infallible> {
-        let Some(address) = self.health else { return std::future::pending().await };
+    pub async fn listen(self) -> anyhow::Result<Health> {
+        let Some(address) = self.health else { return Ok(Health(None)) };
         let listener = TcpListener::bind(address).await.with_context(|| {
             format!("cannot listen on {address}; choose another address with --health")
         })?;
+        Ok(Health(Some(listener)))
+    }
+}
+
+/// Where the question whether a service is well comes in, if it does.
+pub struct Health(Option<TcpListener>);
+
+impl Health {
+    /// Answers for as long as the service runs, one question at a time.
+    pub async fn serve(self, client: Client) -> Infallible {
+        let Some(listener) = self.0 else { return std::future::pending().await };
         loop {
             let Ok((stream, _)) = listener.accept().await else {
                 tokio::time::sleep(TIMEOUT).await;

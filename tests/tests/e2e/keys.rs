@@ -188,6 +188,9 @@ async fn health_is_asked_of_the_running_service() {
         (process.wait().await.code(), process.log())
     };
     assert_eq!(ask("generator", &args).await, (Some(0), "ok\n".to_owned()));
+    let mut other = Process::start(&scratch, "generator", &args);
+    assert_eq!(other.wait().await.code(), Some(1));
+    assert!(other.log().contains("choose another address with --health"), "{}", other.log());
     // There is no stream, so that this gateway is not ready, and says why.
     let (status, told) = ask("gateway", &["--http", &http]).await;
     assert_eq!(status, Some(1));
