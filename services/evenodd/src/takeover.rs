@@ -16,9 +16,8 @@ use clap::Args;
 use contract::streams::{self, NUMBERS};
 use futures::StreamExt;
 use indicatif::ProgressBar;
-use runtime::connection;
 use runtime::settings::{NatsSettings, server};
-use serde::Deserialize;
+use runtime::{connection, jetstream};
 use serde_json::{Value, json};
 
 use crate::USER;
@@ -48,18 +47,6 @@ pub struct Takeover {
     replicas: u8,
 }
 
-/// The beginning of a snapshot.
-#[derive(Deserialize)]
-struct Snapshot {
-    state: Value,
-}
-
-/// Where a restore takes its pieces.
-#[derive(Deserialize)]
-struct Restore {
-    deliver_subject: String,
-}
-
 impl Takeover {
     pub async fn run(self) -> anyhow::Result<ExitCode> {
         let other =
@@ -70,15 +57,16 @@ impl Takeover {
             let connected = connection::wait_until_connected(client, Duration::from_secs(10));
             ensure!(connected.await, "NATS is not reachable; see {flag}");
         }
-        let before = state(&from).await.context("the history of --from")?;
+        let before = jetstream::info(&from, NUMBERS, PIECE_PATIENCE).await.context("--from")?.state;
 
         let inbox = from.new_inbox();
         let mut pieces = from.subscribe(inbox.clone()).await?;
         let order = json!({ "deliver_subject": inbox, "no_consumers": true, "chunk_size": PIECE });
-        let snapshot: Snapshot = ask(&from, "$JS.API.STREAM.SNAPSHOT", order).await?;
+        let snapshot: Value = ask(&from, "STREAM.SNAPSHOT", order).await.context("--from")?;
         let config = streams::numbers(self.replicas.into());
-        let order = json!({ "config": config, "state": snapshot.state });
-        let restore: Restore = ask(&to, "$JS.API.STREAM.RESTORE", order).await?;
+        let order = json!({ "config": config, "state": snapshot["state"] });
+        let restore: Value = ask(&to, "STREAM.RESTORE", order).await.context("--nats")?;
+        let deliver = restore["deliver_subject"].as_str().context("--nats names no subject")?;
 
         let progress = ProgressBar::new_spinner();
         let last = loop {
@@ -93,62 +81,46 @@ impl Takeover {
             progress.inc(piece.payload.len() as u64);
             progress.set_message(format!("{} MB", progress.position() / 1_000_000));
             let request = connection::request(&to).payload(piece.payload);
-            let sent = to.send_request(restore.deliver_subject.clone(), request);
+            let sent = to.send_request(deliver.to_owned(), request);
             let patience = if end { PATIENCE } else { PIECE_PATIENCE };
             let answer = tokio::time::timeout(patience, sent).await.context("--nats")??;
             if end {
                 break answer;
             }
-            ensure!(answer.payload.is_empty(), "--nats: {:?}", answer.payload);
+            let refusal = String::from_utf8_lossy(&answer.payload);
+            ensure!(refusal.is_empty(), "--nats: {refusal}");
             if let Some(reply) = piece.reply {
                 from.publish(reply, "".into()).await?;
             }
         };
         progress.finish_and_clear();
-        let copy: Info = read(&last.payload)?;
-        let after = state(&from).await?;
+        let copy = match serde_json::from_slice(&last.payload)? {
+            Response::<Info>::Ok(info) => info.state,
+            Response::Err { error } => bail!("--nats: {error}"),
+        };
+        let after = jetstream::info(&from, NUMBERS, PIECE_PATIENCE).await?.state;
         ensure!(
-            same(&before, &copy.state) && same(&after, &copy.state),
+            same(&before, &copy) && same(&after, &copy),
             "the copy has the sequences {} to {}, --from {} to {}: was something published there \
              meanwhile? Stop that, remove the copy, and begin again",
-            copy.state.first_sequence,
-            copy.state.last_sequence,
+            copy.first_sequence,
+            copy.last_sequence,
             after.first_sequence,
             after.last_sequence,
         );
         println!(
             "stream {NUMBERS}: copied {} messages, sequences {} to {}",
-            copy.state.messages, copy.state.first_sequence, copy.state.last_sequence
+            copy.messages, copy.first_sequence, copy.last_sequence
         );
         Ok(ExitCode::SUCCESS)
     }
 }
 
-async fn state(client: &Client) -> anyhow::Result<State> {
-    let stream = async_nats::jetstream::new(client.clone()).get_stream(NUMBERS).await?;
-    Ok(stream.cached_info().state.clone())
+async fn ask(client: &Client, verb: &str, order: Value) -> anyhow::Result<Value> {
+    jetstream::api(client, verb, NUMBERS, order.to_string().into(), PATIENCE).await
 }
 
 fn same(one: &State, other: &State) -> bool {
     let key = |state: &State| (state.first_sequence, state.last_sequence, state.messages);
     key(one) == key(other)
-}
-
-async fn ask<T: for<'a> Deserialize<'a>>(
-    client: &Client,
-    api: &str,
-    order: Value,
-) -> anyhow::Result<T> {
-    let subject = format!("{api}.{NUMBERS}");
-    let request = connection::request(client).payload(order.to_string().into());
-    let answer = tokio::time::timeout(PATIENCE, client.send_request(subject.clone(), request));
-    let answer = answer.await.with_context(|| subject.clone())?.with_context(|| subject.clone())?;
-    read(&answer.payload).context(subject)
-}
-
-fn read<T: for<'a> Deserialize<'a>>(payload: &[u8]) -> anyhow::Result<T> {
-    match serde_json::from_slice(payload)? {
-        Response::Ok(answer) => Ok(answer),
-        Response::Err { error } => bail!(error),
-    }
 }

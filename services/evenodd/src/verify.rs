@@ -6,13 +6,13 @@ use std::num::NonZeroU64;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::Args;
 use contract::streams::{DUPLICATE_WINDOW, NUMBERS};
 use contract::{Message, Product, Slot, SlotLength, odds};
 use indicatif::{ProgressBar, ProgressStyle};
 use runtime::connection;
 use runtime::history::{self, Entry, MAX_BATCH, ReadError};
+use runtime::jetstream;
 use runtime::settings::NatsSettings;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -36,6 +36,9 @@ pub struct Verify {
     slot_ms: NonZeroU64,
 }
 
+/// How long the leader of the stream may take to answer: there may be an election.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// The next messages. A replica that is behind has none for a moment, and is asked again.
 async fn read(client: &async_nats::Client, from: u64) -> Result<Vec<Entry>, ReadError> {
     for _ in 0..10 {
@@ -52,16 +55,10 @@ impl Verify {
     pub async fn run(self) -> anyhow::Result<ExitCode> {
         let client = connection::connect(&self.nats, USER, "evenodd verify").await?;
         anyhow::ensure!(
-            connection::wait_until_connected(&client, Duration::from_secs(10)).await,
+            connection::wait_until_connected(&client, PATIENCE).await,
             "NATS is not reachable; give its address with --nats"
         );
-        let info = async_nats::jetstream::new(client.clone())
-            .get_stream(NUMBERS)
-            .await
-            .with_context(|| format!("stream {NUMBERS} (did `evenodd provision` run?)"))?
-            .cached_info()
-            .clone();
-        let last = info.state.last_sequence;
+        let last = jetstream::info(&client, NUMBERS, PATIENCE).await?.state.last_sequence;
 
         let progress = ProgressBar::new(last);
         progress.set_style(ProgressStyle::with_template(

@@ -4,12 +4,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
-use async_nats::{Client, Subscriber, jetstream};
+use async_nats::jetstream::stream::Info;
+use async_nats::{Client, Subscriber};
 use contract::streams::NUMBERS;
 use contract::subjects;
 use futures::{FutureExt, StreamExt};
 use runtime::history::{self, Entry, MAX_BATCH};
+use runtime::jetstream;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 use tracing::{info, warn};
@@ -20,6 +21,8 @@ use crate::snapshot::{LAST, Number, Snapshot, State};
 const LOOK: Duration = Duration::from_secs(1);
 /// How often to make sure that the stream is still the same one.
 const IDENTITY: Duration = Duration::from_secs(5);
+/// The leader answers within this time, or there is none. Nothing is read meanwhile.
+const LEADER_PATIENCE: Duration = Duration::from_millis(250);
 /// A nudge may be quicker than the replica that is asked: it is asked again after these.
 const AGAIN: [Duration; 5] = [
     Duration::from_millis(1),
@@ -70,16 +73,17 @@ impl Reader {
 
     /// Follows one stream until something goes wrong, or (`Ok`) the nudges end.
     async fn follow(&mut self) -> anyhow::Result<()> {
-        let (created, last_seq) = self.identity().await?;
-        let mut snapshot = match self.state.snapshot() {
+        let mut snapshot = match (self.state.snapshot(), self.info().await) {
             // Read on after an interruption.
-            Some(snapshot) if snapshot.created == created && snapshot.last_seq <= last_seq => {
+            (Some(snapshot), Ok(now)) if is_same(snapshot.created, snapshot.last_seq, &now) => {
                 snapshot
             }
-            before => {
-                let start = Arc::new(self.start(created).await?);
+            // A stream that has no leader for a while can be read all the same.
+            (Some(snapshot), Err(_)) => snapshot,
+            (before, info) => {
+                let start = Arc::new(self.start(info?.created).await?);
                 if before.is_some() {
-                    warn!("the stream is not the one that was read: starting over");
+                    warn!("{NOT_THE_SAME}: starting over");
                 }
                 self.state.replace(start.clone());
                 info!(last_seq = start.last_seq, "caught up with the history");
@@ -118,24 +122,16 @@ impl Reader {
             }
             if identity_at.elapsed() >= IDENTITY {
                 identity_at = Instant::now();
-                let (now, last_seq) = self.identity().await?;
-                // Made anew, or put back to an earlier state: the next round starts over.
-                anyhow::ensure!(
-                    now == created && last_seq >= before,
-                    "the stream is not the one that was read"
-                );
+                if let Ok(now) = self.info().await {
+                    // Made anew, or put back to an earlier state: the next round starts over.
+                    anyhow::ensure!(is_same(snapshot.created, before, &now), NOT_THE_SAME);
+                }
             }
         }
     }
 
-    /// When the stream was made, and its last sequence.
-    async fn identity(&self) -> anyhow::Result<(OffsetDateTime, u64)> {
-        let stream = jetstream::new(self.client.clone())
-            .get_stream(NUMBERS)
-            .await
-            .with_context(|| format!("stream {NUMBERS}"))?;
-        let info = stream.cached_info();
-        Ok((info.created, info.state.last_sequence))
+    async fn info(&self) -> anyhow::Result<Info> {
+        jetstream::info(&self.client, NUMBERS, LEADER_PATIENCE).await
     }
 
     /// The last 100 valid numbers of a stream that is read for the first time.
@@ -181,6 +177,13 @@ impl Reader {
             }
         }
     }
+}
+
+const NOT_THE_SAME: &str = "the stream is not the one that was read";
+
+/// Whether a stream that was made then and read as far as `seq` is the one that there is.
+fn is_same(created: OffsetDateTime, seq: u64, now: &Info) -> bool {
+    created == now.created && seq <= now.state.last_sequence
 }
 
 /// The numbers that messages hold. A message that holds none is skipped, and never stops anybody.

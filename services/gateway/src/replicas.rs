@@ -86,7 +86,7 @@ impl Replicas {
     /// # Errors
     /// If the connection was closed.
     pub async fn new(client: Client) -> anyhow::Result<(Self, watch::Receiver<List>)> {
-        let inbox = client.new_inbox();
+        let inbox = connection::inbox(&client);
         let (list, receiver) = watch::channel(None);
         let replicas = Self {
             answers: client.subscribe(inbox.clone()).await?,

@@ -115,7 +115,7 @@ impl Service for Settings {
 async fn publish(client: Client, due: Due) -> Result<jetstream::Ack, PublishError> {
     // What is sent without a connection would wait in the client and come out late.
     if !connection::is_connected(&client) {
-        return Err(PublishError::Other("not connected to NATS".to_owned()));
+        return Err(PublishError::Failed("not connected to NATS".to_owned()));
     }
     let body = due.product.encode().into();
     jetstream::publish(&client, subjects::PUBLISHED, due.slot, body, ACK_TIMEOUT).await

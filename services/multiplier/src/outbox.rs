@@ -204,7 +204,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn gives_up_before_a_retry_could_store_twice() {
         let (outbox, task, attempts) = outbox(|slot| {
-            if slot == Slot(1) { Err(PublishError::Refused("full".into())) } else { Ok(STORED) }
+            if slot == Slot(1) { Err(PublishError::Failed("full".into())) } else { Ok(STORED) }
         });
         let first = outbox.push(due(1));
         let second =

@@ -83,7 +83,14 @@ pub fn is_connected(client: &Client) -> bool {
 /// does. An inbox of its own is forgotten when the caller stops waiting.
 #[must_use]
 pub fn request(client: &Client) -> Request {
-    Request::new().inbox(client.new_inbox()).timeout(None)
+    Request::new().inbox(inbox(client)).timeout(None)
+}
+
+/// A subject for answers that nobody can guess. The client's own ones count up, so that whoever has
+/// answered two requests would know where the answer to the next one is expected.
+#[must_use]
+pub fn inbox(client: &Client) -> String {
+    format!("{}.{:032x}", client.new_inbox(), rand::random::<u128>())
 }
 
 /// Waits for the connection, at most for `limit`. Whether it is there.
@@ -150,6 +157,12 @@ fn next_server(
 
 const REFUSED: &str = "the NATS server refuses; is --nkey the key of this service?";
 
+/// The client has no kind of its own for what the server calls a violation, of authorization or of
+/// permissions.
+fn is_refusal(error: &impl ToString) -> bool {
+    error.to_string().to_lowercase().contains("violation")
+}
+
 fn log_event(event: &Event, servers: &str, unreachable: &str, told: &AtomicBool) {
     match event {
         Event::Connected => {
@@ -157,15 +170,12 @@ fn log_event(event: &Event, servers: &str, unreachable: &str, told: &AtomicBool)
             info!("connected to NATS");
         }
         Event::ClientError(error) if !told.swap(true, Ordering::Relaxed) => {
-            // The client has no kind of its own for this while it connects.
-            let refused = error.to_string().contains("authorization violation");
-            warn!(servers, %error, "{}", if refused { REFUSED } else { unreachable });
+            warn!(servers, %error, "{}", if is_refusal(error) { REFUSED } else { unreachable });
         }
         Event::ClientError(error) => debug!(%error, "NATS connection"),
         Event::Disconnected => warn!("disconnected from NATS; reconnecting"),
-        Event::ServerError(error) => {
-            warn!(%error, "{REFUSED}");
-        }
+        Event::ServerError(error) if is_refusal(error) => warn!(%error, "{REFUSED}"),
+        Event::ServerError(error) => warn!(%error, "the NATS server complains"),
         Event::LameDuckMode => info!("the NATS server is about to stop; moving to another"),
         Event::Draining | Event::Closed => debug!(%event, "NATS connection"),
         // There is one for every message that is dropped.

@@ -12,6 +12,8 @@ use serde_json::json;
 use time::format_description::well_known::Rfc3339;
 use time::{OffsetDateTime, UtcOffset};
 
+use crate::connection;
+
 /// The most messages that one batch may ask for.
 pub const MAX_BATCH: usize = 1000;
 
@@ -144,7 +146,7 @@ async fn ask_once(
 ) -> Result<Vec<Entry>, ReadError> {
     let unexpected = |what: String| ReadError::Unexpected(stream, what);
     let timed_out = |_| ReadError::TimedOut(stream);
-    let inbox = client.new_inbox();
+    let inbox = connection::inbox(client);
     let open = async {
         let answers =
             client.subscribe(inbox.clone()).await.map_err(|e| unexpected(e.to_string()))?;

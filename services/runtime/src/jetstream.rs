@@ -1,17 +1,20 @@
-//! Publishing to a stream: one request, one typed answer.
+//! Publishing to a stream, and asking for its state: one request, one typed answer.
 //!
 //! A plain request says more than the client's own `JetStream` context does, in less: its time-out
-//! is the caller's, and every answer of the server keeps its code.
+//! is the caller's, every answer of the server keeps its code, and one that never comes leaves
+//! nothing behind (see [`connection::request`]).
 
 use std::time::Duration;
 
 use async_nats::Client;
-use async_nats::client::RequestErrorKind;
+use async_nats::client::{Request, RequestErrorKind};
 use async_nats::header::{HeaderMap, NATS_MESSAGE_ID};
 use async_nats::jetstream::publish::PublishAck;
 use async_nats::jetstream::response::Response;
+use async_nats::jetstream::stream::Info;
 use bytes::Bytes;
 use contract::Slot;
+use serde::de::DeserializeOwned;
 
 use crate::connection;
 
@@ -27,25 +30,16 @@ pub struct Ack {
     pub duplicate: bool,
 }
 
-/// Why there is no acknowledgement. The message may be stored all the same, unless this says
-/// that it was refused; a retry with the same id is harmless.
+/// Why there is no acknowledgement. The message may be stored all the same; a retry with the same
+/// id is harmless.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    /// No answer in time: no leader, a broker that is frozen, or no permission.
-    #[error("no acknowledgement within {} ms", .0.as_millis())]
-    TimedOut(Duration),
-    /// No stream listens on the subject, or `JetStream` is not up.
-    #[error("no stream takes {0}: is JetStream up, and did `evenodd provision` run?")]
-    NoStream(String),
     /// The same id is being stored at this moment; ask again for the outcome.
     #[error("a message with this id is being stored at this moment")]
     InProcess,
-    /// The stream said no.
-    #[error("refused: {0}")]
-    Refused(String),
-    /// The answer was no acknowledgement, or the request could not be sent.
+    /// Anything else, for a person: no answer in time, no stream, or a stream that refuses.
     #[error("{0}")]
-    Other(String),
+    Failed(String),
 }
 
 /// Publishes to the stream that listens on `subject`, with the slot as the message id
@@ -63,20 +57,59 @@ pub async fn publish(
     let mut headers = HeaderMap::new();
     headers.insert(NATS_MESSAGE_ID, slot.to_string());
     let request = connection::request(client).headers(headers).payload(payload);
-    // The time-out covers the hand-over to the connection as well as the wait for the answer.
-    let answer = tokio::time::timeout(timeout, client.send_request(subject, request))
-        .await
-        .map_err(|_| PublishError::TimedOut(timeout))?
-        .map_err(|e| match e.kind() {
-            RequestErrorKind::NoResponders => PublishError::NoStream(subject.to_owned()),
-            _ => PublishError::Other(e.to_string()),
-        })?;
-    match serde_json::from_slice(&answer.payload) {
-        Ok(Response::Ok(PublishAck { sequence, duplicate, .. })) => Ok(Ack { sequence, duplicate }),
-        Ok(Response::Err { error }) if error.error_code().0 == ERROR_IN_PROCESS => {
+    match answer(client, subject, request, timeout).await.map_err(PublishError::Failed)? {
+        Response::Ok(PublishAck { sequence, duplicate, .. }) => Ok(Ack { sequence, duplicate }),
+        Response::Err { error } if error.error_code().0 == ERROR_IN_PROCESS => {
             Err(PublishError::InProcess)
         }
-        Ok(Response::Err { error }) => Err(PublishError::Refused(error.to_string())),
-        Err(e) => Err(PublishError::Other(format!("the answer is no acknowledgement: {e}"))),
+        Response::Err { error } => Err(PublishError::Failed(format!("refused: {error}"))),
     }
+}
+
+/// What the leader of a stream says of it.
+///
+/// # Errors
+/// As [`api`]; also if there is no leader.
+pub async fn info(client: &Client, stream: &str, timeout: Duration) -> anyhow::Result<Info> {
+    api(client, "STREAM.INFO", stream, Bytes::new(), timeout).await
+}
+
+/// A request of the `JetStream` API to a stream.
+///
+/// # Errors
+/// If there is no such stream, nobody answers in time, or the answer is an error.
+pub async fn api<T: DeserializeOwned>(
+    client: &Client,
+    verb: &str,
+    stream: &str,
+    payload: Bytes,
+    timeout: Duration,
+) -> anyhow::Result<T> {
+    let subject = format!("$JS.API.{verb}.{stream}");
+    let request = connection::request(client).payload(payload);
+    match answer(client, &subject, request, timeout).await {
+        Ok(Response::Ok(answer)) => Ok(answer),
+        Ok(Response::Err { error }) => anyhow::bail!("stream {stream}: {error}"),
+        Err(error) => anyhow::bail!("stream {stream}: {error}"),
+    }
+}
+
+async fn answer<T: DeserializeOwned>(
+    client: &Client,
+    subject: &str,
+    request: Request,
+    timeout: Duration,
+) -> Result<Response<T>, String> {
+    // The time-out covers the hand-over to the connection as well as the wait for the answer.
+    let answer = tokio::time::timeout(timeout, client.send_request(subject.to_owned(), request))
+        .await
+        .map_err(|_| format!("no answer within {} ms", timeout.as_millis()))?
+        .map_err(|e| match e.kind() {
+            RequestErrorKind::NoResponders => {
+                "nobody answers: is JetStream up, and did `evenodd provision` run?".to_owned()
+            }
+            _ => e.to_string(),
+        })?;
+    serde_json::from_slice(&answer.payload)
+        .map_err(|e| format!("the answer is not one of JetStream: {e}"))
 }
