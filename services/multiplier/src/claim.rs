@@ -19,8 +19,8 @@ use runtime::jetstream::{self, Ack, PublishError};
 use runtime::{connection, history};
 use tracing::{debug, info, warn};
 
-/// The most bids that are kept; there are as many as replicas.
-const MAX_BIDS: usize = 64;
+/// The most bids that are kept; a replica makes two at the most.
+const MAX_BIDS: usize = 256;
 
 /// One replica's side of the matter.
 pub struct Claims {
@@ -67,27 +67,30 @@ impl Claims {
         })
     }
 
-    /// Whether this replica is to do the tick of this slot.
-    pub async fn take(&mut self, slot: Slot) -> bool {
-        let begun = Instant::now();
+    /// Whether this replica is to do the tick of this slot, which began at that time.
+    pub async fn take(&mut self, slot: Slot, begun: Instant) -> bool {
         self.bids.retain(|bid| bid.slot >= slot);
         let claim = Claim { slot, multiplier: self.id.clone(), granted: false };
-        let answer = publish(&self.client, &claim, self.times.patience).await;
+        // Whoever was not connected in time has not heard who bid, and goes by the stream alone.
+        let late = begun.elapsed();
+        let in_time = late < self.times.patience;
+        let deadline = if in_time { self.times.patience } else { late + self.times.patience };
+        let answer = publish(&self.client, &claim, deadline.saturating_sub(late)).await;
         self.hear_what_came(slot);
         let fault = match answer {
             Ok(Ack { duplicate: true, .. }) | Err(PublishError::InProcess) => {
                 return self.settled(None, false);
             }
-            Ok(_) if begun.elapsed() <= self.times.patience && !self.has_bids(slot) => {
+            Ok(_) if begun.elapsed() <= deadline && !self.has_bids(slot) => {
                 self.bid(&Claim { granted: true, ..claim }).await;
                 return self.settled(None, true);
             }
-            // Others may bid by now, and not hear that this one has the slot.
-            Ok(_) => "too late".to_owned(),
+            // Others bid, or may have, and do not hear any more that this one has the slot.
+            Ok(_) => "others had no answer in time".to_owned(),
             Err(error) => error.to_string(),
         };
         tokio::time::sleep(self.times.patience.saturating_sub(begun.elapsed())).await;
-        let mine = self.settle(&claim, begun).await;
+        let mine = in_time && self.settle(&claim, begun).await;
         self.settled(Some(fault), mine)
     }
 

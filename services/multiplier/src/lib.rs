@@ -148,7 +148,7 @@ impl Ticker {
             // is restarted may be back before the slot is over.
             let patience = self.slot_length.duration() / 2;
             if connection::wait_until_connected(&self.client, patience).await
-                && self.claims.take(slot).await
+                && self.claims.take(slot, self.begin_of(slot)).await
             {
                 self.tick(slot).await;
             }
@@ -175,12 +175,19 @@ impl Ticker {
         }
     }
 
+    /// When a slot began that is not over.
+    fn begin_of(&self, slot: Slot) -> Instant {
+        let ago = unix_time().saturating_sub(self.slot_length.start_of(slot));
+        Instant::now().checked_sub(ago).unwrap_or_else(Instant::now)
+    }
+
     async fn tick(&self, slot: Slot) {
         let begun = Instant::now();
         let length = self.slot_length.duration();
-        // Three fifths of the slot for the numbers, and a new request every 20 ms: the claim may
-        // have taken 140 ms, and the rest is for the publication.
-        let get = |parity| numbers::get(&self.client, parity, length * 3 / 5, length / 25);
+        // A new request every 20 ms, until nine tenths of the slot are over. The rest is for the
+        // publication.
+        let budget = (length * 9 / 10).saturating_sub(self.begin_of(slot).elapsed());
+        let get = |parity| numbers::get(&self.client, parity, budget, length / 25);
         let (even, odd) = tokio::join!(get(Parity::Even), get(Parity::Odd));
         let product = match (even, odd) {
             (Some(even), Some(odd)) => Product::new(even.into(), odd.into()).ok(),
