@@ -20,14 +20,14 @@ pub const DUPLICATE_WINDOW: Duration = Duration::from_mins(10);
 /// The configuration of [`NUMBERS`].
 ///
 /// No limit on its size: `discard: new` turns a full disk into refused publications, which are
-/// retried, instead of lost history.
+/// retried, instead of lost history. No compression: docs/adr/0011-no-compression.md.
 #[must_use]
 pub fn numbers(replicas: usize) -> Config {
     Config {
         name: NUMBERS.into(),
         description: Some("Every published number, for good".into()),
         subjects: vec![subjects::PUBLISHED.into()],
-        compression: Some(Compression::S2),
+        compression: Some(Compression::None),
         discard: DiscardPolicy::New,
         deny_delete: true,
         deny_purge: true,

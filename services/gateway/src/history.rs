@@ -1,8 +1,8 @@
 //! The whole history: pages of it, one number of it, and all of it as a stream.
 //!
 //! What the snapshot holds is answered from there. Everything older is read from the broker by
-//! direct get, never by a consumer, and within bounds: blocks of a compressed stream that are read
-//! at random stay in the broker's memory for a while.
+//! direct get, never by a consumer, and within bounds: blocks of the stream that are read at random
+//! stay in the broker's memory for a while.
 
 use std::convert::Infallible;
 use std::io;

@@ -43,12 +43,16 @@ async fn refuses_what_could_lose_history_and_applies_what_cannot() {
     let (status, output) = update(&|config| {
         config.description = None;
         config.max_messages = 1000;
+        config.compression = Some(stream::Compression::S2);
     })
     .await;
     assert_eq!(status, Some(0));
-    assert!(output.contains("description") && output.contains("max_msgs"), "{output}");
+    for setting in ["description", "max_msgs", "compression"] {
+        assert!(output.contains(setting), "{output}");
+    }
     let now = context.get_stream(NUMBERS).await.unwrap().cached_info().clone();
-    assert_eq!((now.config.max_messages, now.state.messages), (-1, 10));
+    assert_eq!(now.config, right);
+    assert_eq!(now.state.messages, 10);
 }
 
 #[tokio::test]
