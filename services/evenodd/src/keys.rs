@@ -7,7 +7,9 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
+use async_nats::rustls::pki_types::CertificateDer;
+use async_nats::rustls::pki_types::pem::PemObject;
 use clap::Args;
 use nkeys::KeyPair as Nkey;
 use rcgen::{
@@ -99,12 +101,28 @@ impl Keys {
     }
 
     fn certificates(&self) -> anyhow::Result<()> {
+        let mut missing = Vec::new();
+        for server in &self.servers {
+            let [certificate, key] = [".pem", ".key"].map(|end| format!("{server}{end}"));
+            if self.read(&certificate)?.is_none() || self.read(&key)?.is_none() {
+                missing.push((server, certificate, key));
+            }
+        }
         let authority = match self.read("ca.pem")? {
-            Some(_) => {
+            Some(_) if missing.is_empty() => return Ok(()),
+            Some(certificate) => {
                 let key = self.read("ca.key")?.context(
-                    "ca.key is not there, and ca.pem is: put it back, or remove all certificates",
+                    "a certificate is missing and ca.key is not there: put it back, or remove all certificates",
                 )?;
-                Issuer::new(authority()?, KeyPair::from_pem(&key).context("ca.key")?)
+                let key = KeyPair::from_pem(&key).context("ca.key")?;
+                let certificate = CertificateDer::from_pem_slice(certificate.as_bytes());
+                let certificate = certificate.context("ca.pem")?;
+                let public = key.public_key_raw();
+                ensure!(
+                    certificate.windows(public.len()).any(|bytes| bytes == public),
+                    "a certificate is missing and ca.key is not the key of ca.pem: make it with your own authority"
+                );
+                Issuer::new(authority()?, key)
             }
             None => {
                 let key = KeyPair::generate()?;
@@ -114,11 +132,7 @@ impl Keys {
                 Issuer::new(authority()?, key)
             }
         };
-        for server in &self.servers {
-            let [certificate_file, key_file] = [".pem", ".key"].map(|end| format!("{server}{end}"));
-            if self.read(&certificate_file)?.is_some() && self.read(&key_file)?.is_some() {
-                continue;
-            }
+        for (server, certificate_file, key_file) in missing {
             let key = KeyPair::generate()?;
             let certificate = certificate(server)?.signed_by(&key, &authority)?;
             self.write(&key_file, &key.serialize_pem(), self.group_of(server))?;
