@@ -127,6 +127,13 @@ impl Service for Settings {
         Some((self.http, "/readyz"))
     }
 
+    fn check(&self) -> Result<(), String> {
+        match self.linger_ms < self.common.drain_ms {
+            true => Ok(()),
+            false => Err("--linger-ms is part of --drain-ms, and must be less".to_owned()),
+        }
+    }
+
     async fn run(self, leaving: CancellationToken) -> anyhow::Result<()> {
         serve::raise_file_limit(self.max_connections);
         let listener = TcpListener::bind(self.http).await.with_context(|| {

@@ -20,6 +20,14 @@ pub trait Service: Parser {
     /// The address and path where `healthcheck` asks whether it is well.
     fn health(&self) -> Option<(SocketAddr, &'static str)>;
 
+    /// What is wrong with settings that are right one by one.
+    ///
+    /// # Errors
+    /// That, for a person.
+    fn check(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     /// Does the service's work until `shutdown` is cancelled, then finishes what it has begun.
     /// To return before that is a failure, whatever it returns.
     fn run(self, shutdown: CancellationToken) -> impl Future<Output = anyhow::Result<()>> + Send;
@@ -35,6 +43,9 @@ pub fn main<S: Service>() -> ExitCode {
     let (service, subcommand) = settings::parse_command::<S>(command);
     if subcommand.is_some() {
         return health::check(service.health());
+    }
+    if let Err(fault) = service.check() {
+        settings::refuse(&[fault]);
     }
     let common = service.common().clone();
     // The connector says at every attempt what `connection` says once.

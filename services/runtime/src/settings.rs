@@ -105,16 +105,19 @@ pub(crate) fn parse_command<T: FromArgMatches>(command: Command) -> (T, Option<S
     match try_parse(command, &std::env::args_os().collect::<Vec<_>>()) {
         Ok(read) => read,
         Err(Stop::Help(error)) => error.exit(),
-        Err(Stop::Faults(faults)) => {
-            use std::io::Write;
-            let mut stderr = std::io::stderr().lock();
-            for fault in &faults {
-                let _ = writeln!(stderr, "error: {fault}");
-            }
-            let _ = writeln!(stderr, "\nFor more information, try '--help'.");
-            std::process::exit(2);
-        }
+        Err(Stop::Faults(faults)) => refuse(&faults),
     }
+}
+
+/// Says what is wrong and ends the process with status 2.
+pub(crate) fn refuse(faults: &[String]) -> ! {
+    use std::io::Write;
+    let mut stderr = std::io::stderr().lock();
+    for fault in faults {
+        let _ = writeln!(stderr, "error: {fault}");
+    }
+    let _ = writeln!(stderr, "\nFor more information, try '--help'.");
+    std::process::exit(2);
 }
 
 /// Why there are no settings.

@@ -105,6 +105,10 @@ async fn wrong_settings_are_all_named_with_status_2() {
     let mut missing = Process::start(&scratch, "generator", &["--drain-ms", "1"]);
     assert_eq!(missing.wait().await.code(), Some(2));
     assert!(missing.log().contains("--drain-ms") && missing.log().contains("--parity"));
+    let args = ["--linger-ms", "800", "--drain-ms", "800"];
+    let mut forever = Process::start(&scratch, "gateway", &args);
+    assert_eq!(forever.wait().await.code(), Some(2));
+    assert!(forever.log().contains("--linger-ms"), "{}", forever.log());
 }
 
 #[tokio::test]

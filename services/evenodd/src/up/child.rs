@@ -158,6 +158,8 @@ fn spawn(spec: &Spec) -> std::io::Result<Child> {
     let mut command = Command::new(&spec.program);
     command
         .args(&spec.args)
+        // One address cannot be that of all of them.
+        .env_remove("EVENODD_HEALTH")
         .envs(spec.servers.as_ref().map(|servers| ("EVENODD_NATS", servers)))
         .stdin(match &spec.holds {
             Some(file) => Stdio::from(file.try_clone()?),
