@@ -42,16 +42,20 @@ bench: ## measure the steps of a tick and the gateway here (with wrk and nginx, 
 up: ## build and start the cluster in containers: http://127.0.0.1:8080/
 	docker compose up --build --detach
 
-# Each step of an update has somebody who serves; HAProxy hears of newcomers within two seconds.
+# Somebody serves at every moment: as many new replicas beside the old ones, new ones in the place of
+# these, and then as many as before. HAProxy hears of newcomers within two seconds.
 SERVICES = even odd multiplier gateway
-update: ## replace the services of the cluster by a new version, half of them at a time
+update: ## replace the services of the cluster by a new version, without a pause
 	docker compose build
 	docker compose run --rm provision
-	docker compose up --detach --wait --no-deps --no-recreate $(SERVICES:%=--scale %=4) $(SERVICES)
-	sleep 3
-	docker compose up --detach --wait --no-deps $(SERVICES:%=--scale %=4) $(SERVICES)
-	sleep 3
-	docker compose up --detach --wait --no-deps $(SERVICES)
+	@set -e; \
+	scale() { for service in $(SERVICES); do \
+	  running="$$(docker compose ps --quiet $$service | wc -l)"; \
+	  [ "$$running" -gt 0 ] || { echo "no $$service is running; see make up" >&2; exit 1; }; \
+	  echo "--scale $$service=$$((running * $$1))"; done; }; \
+	up() { docker compose up --detach --wait --no-deps "$$@" $(SERVICES); sleep 3; }; \
+	once="$$(scale 1)"; twice="$$(scale 2)"; \
+	up --no-recreate $$twice; up $$twice; up $$once
 
 down: ## stop it; the history stays in its volumes
 	docker compose down
