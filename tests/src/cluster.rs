@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use crate::{Scratch, repository};
 
 /// A project of its own: the volumes of a cluster that somebody runs here are not touched.
-const PROJECT: &str = "evenodd-test";
+pub const PROJECT: &str = "evenodd-test";
 /// Where HAProxy serves HTTP.
 pub const HTTP: &str = "127.0.0.1:8080";
 /// Where HAProxy passes NATS on.
@@ -74,11 +74,14 @@ pub fn inspect(container: &str, format: &str) -> String {
     docker(&["inspect", "--format", format, container])
 }
 
-/// Ends the process of a container as a crash would: Docker starts it again.
-/// (`docker kill` would be an order to keep it stopped.)
-pub fn crash(container: &str) {
-    let pid = inspect(container, "{{.State.Pid}}").parse().unwrap();
-    kill(Pid::from_raw(pid), Signal::SIGKILL).expect("the right to kill it: run this as root");
+/// Ends the processes of containers in the same moment, as a crash would: Docker starts them again.
+/// (`docker kill` would be an order to keep them stopped.)
+pub fn crash(containers: &[String]) {
+    let pid = |container: &String| inspect(container, "{{.State.Pid}}").parse().unwrap();
+    let pids: Vec<_> = containers.iter().map(pid).collect();
+    for pid in pids {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("the right to kill it: run this as root");
+    }
 }
 
 /// Takes a container off the network. Connections stay open, and nothing comes through.
@@ -95,6 +98,15 @@ pub fn reconnect(container: &str, service: &str) {
 #[must_use]
 pub fn network() -> String {
     format!("{PROJECT}_default")
+}
+
+/// Removes a container that is none of the project's, if it is there.
+pub fn remove(container: &str) {
+    let filter = format!("name=^{container}$");
+    let found = docker(&["ps", "--all", "--quiet", "--filter", &filter]);
+    if !found.is_empty() {
+        docker(&["rm", "--force", container]);
+    }
 }
 
 /// The address of a container in that network.

@@ -217,7 +217,14 @@ pub async fn between_ticks() {
 /// The slots that are in the history from this one on, and how long after its beginning each was
 /// stored.
 async fn stored_since(operator: &Client, from: Slot) -> BTreeMap<Slot, Duration> {
-    let last = cluster::stream_info(operator, NUMBERS).await.unwrap().state.last_sequence;
+    let mut last = 0;
+    // There may still be an election.
+    cluster::in_time("the history has a leader", async || {
+        let info = cluster::stream_info(operator, NUMBERS).await;
+        last = info.map_or(0, |info| info.state.last_sequence);
+        last > 0
+    })
+    .await;
     // A window is a few minutes; what was stored before is left out below.
     let mut next = last.saturating_sub(2000).max(1);
     let mut stored = BTreeMap::new();

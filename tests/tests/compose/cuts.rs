@@ -1,4 +1,4 @@
-//! Brokers and multipliers are taken off the network and put back.
+//! Brokers, multipliers and gateways are taken off the network and put back.
 
 use std::time::Duration;
 
@@ -10,9 +10,10 @@ use crate::Cluster;
 
 pub async fn any_cable_may_break(cluster: Cluster) {
     let brokers = BROKERS.map(|broker| (cluster::container(broker), broker));
-    let multipliers =
-        containers("multiplier").into_iter().map(|container| (container, "multiplier"));
-    for (container, service) in brokers.into_iter().chain(multipliers) {
+    let services = ["multiplier", "gateway"]
+        .into_iter()
+        .flat_map(|service| containers(service).into_iter().map(move |name| (name, service)));
+    for (container, service) in brokers.into_iter().chain(services) {
         cluster.heals().await;
         let ticks = cluster::stream_info(&cluster.operator, TICKS).await.unwrap();
         let leads = ticks.cluster.unwrap().leader.as_deref() == Some(service);
@@ -38,6 +39,8 @@ pub async fn any_cable_may_break(cluster: Cluster) {
             polled.longest_gap.as_millis(),
         );
         assert_eq!(polled.faults, Vec::<String>::new(), "{container}");
+        // What a gateway has taken and cannot answer is asked of another one after 5 s.
+        assert!(polled.longest_gap < Duration::from_secs(7), "{container}: {polled:?}");
         assert!(without_gap_or_repeat(&sequences), "{container}: {sequences:?}");
         // A broker that is cut off takes, at worst, the leader of claims and all multipliers'
         // connections with it in one moment (docs/adr/0001-slots-and-claims.md).

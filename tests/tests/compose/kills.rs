@@ -1,9 +1,11 @@
-//! SIGKILL to each container in turn.
+//! SIGKILL to each container in turn, and to all brokers at once.
 
+use std::slice;
 use std::time::Duration;
 
 use contract::Slot;
-use tests::cluster::{self, containers, in_time, inspect};
+use contract::streams::NUMBERS;
+use tests::cluster::{self, BROKERS, compose, containers, in_time, inspect};
 use tests::watch::{Follow, Poll, Watch, between_ticks, without_gap_or_repeat};
 
 use crate::Cluster;
@@ -15,7 +17,7 @@ pub async fn any_process_may_die(cluster: Cluster) {
         let (watch, poll, follow) = (Watch::start().await, Poll::start(), Follow::start());
         tokio::time::sleep(Duration::from_secs(2)).await;
         between_ticks().await;
-        cluster::crash(&container);
+        cluster::crash(slice::from_ref(&container));
         // An election takes 4 to 9 s.
         tokio::time::sleep(Duration::from_secs(10)).await;
         let (polled, sequences) = (poll.stop().await, follow.stop().await);
@@ -39,4 +41,42 @@ pub async fn any_process_may_die(cluster: Cluster) {
             .await;
     }
     cluster.heals().await;
+}
+
+/// How many messages make a block of the history so large that a server may rewrite it when it
+/// starts.
+const REWRITTEN: u64 = 320;
+
+/// A power cut: all brokers in the same moment, again and again.
+pub async fn all_brokers_may_die_at_once(cluster: Cluster) {
+    let brokers = BROKERS.map(cluster::container);
+    for enough in [0, 0, REWRITTEN, REWRITTEN] {
+        in_time("there are enough messages", async || {
+            let info = cluster::stream_info(&cluster.operator, NUMBERS).await;
+            info.is_some_and(|info| info.state.last_sequence >= enough)
+        })
+        .await;
+        cluster.heals().await;
+        let (watch, poll, follow) = (Watch::start().await, Poll::start(), Follow::start());
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        cluster::crash(&brokers);
+        cluster.heals().await;
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let (polled, sequences) = (poll.stop().await, follow.stop().await);
+        let watched = watch.stop(&cluster.operator).await;
+        println!(
+            "  {} slots missed, tick gap {} ms, {} requests, the longest time without an answer {} ms",
+            watched.missed.len(),
+            watched.tick_gap.as_millis(),
+            polled.answered,
+            polled.longest_gap.as_millis(),
+        );
+        assert_eq!(watched.doubled, []);
+        assert_eq!(polled.faults, Vec::<String>::new());
+        assert!(without_gap_or_repeat(&sequences), "{sequences:?}");
+    }
+    // A store that cannot be read any more is told of once, and then its server serves without it.
+    let log = compose(&[&["logs", "--no-color"], &BROKERS[..]].concat());
+    assert!(!log.to_lowercase().contains("critical"), "{log}");
+    println!("  {}", compose(&["run", "--rm", "provision", "verify"]).replace('\n', "\n  "));
 }

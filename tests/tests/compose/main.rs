@@ -10,6 +10,7 @@ mod restarts;
 mod scaling;
 mod start;
 mod takeover;
+mod update;
 
 use std::net::TcpListener;
 use std::panic::AssertUnwindSafe;
@@ -48,13 +49,15 @@ impl Cluster {
 type Step = (&'static str, fn(Cluster) -> Pin<Box<dyn Future<Output = ()>>>);
 
 /// In this order. Each leaves a whole cluster behind.
-const STEPS: [Step; 8] = [
+const STEPS: [Step; 10] = [
     ("start", |cluster| Box::pin(start::the_cluster_is_redundant(cluster))),
     ("permissions", |cluster| Box::pin(permissions::everybody_may_do_what_they_need(cluster))),
     ("strangers", |cluster| Box::pin(permissions::strangers_are_refused(cluster))),
     ("scaling", |cluster| Box::pin(scaling::services_come_and_go(cluster))),
     ("kills", |cluster| Box::pin(kills::any_process_may_die(cluster))),
     ("cuts", |cluster| Box::pin(cuts::any_cable_may_break(cluster))),
+    ("blackouts", |cluster| Box::pin(kills::all_brokers_may_die_at_once(cluster))),
+    ("update", |cluster| Box::pin(update::a_new_version_takes_over(cluster))),
     ("restarts", |cluster| Box::pin(restarts::brokers_are_restarted_in_turn(cluster))),
     ("takeover", |cluster| Box::pin(takeover::a_history_is_taken_over(cluster))),
 ];
@@ -68,6 +71,7 @@ async fn main() -> ExitCode {
         eprintln!("there is no step {name}; there are {}", STEPS.map(|(step, _)| step).join(" "));
         return ExitCode::from(2);
     }
+    cluster::remove(takeover::OLD);
     compose(&["down", "--volumes", "--timeout", "5"]);
     for address in [HTTP, NATS] {
         if let Err(error) = TcpListener::bind(address) {
@@ -90,6 +94,7 @@ async fn main() -> ExitCode {
             println!("the last lines of the containers:");
             println!("{}", compose(&["ps", "--all"]));
             println!("{}", compose(&["logs", "--no-color", "--tail", "40"]));
+            cluster::remove(takeover::OLD);
             compose(&["down", "--volumes", "--timeout", "5"]);
             // Once more, after all these lines.
             let why = panic.downcast_ref::<String>().map_or("see above", String::as_str);

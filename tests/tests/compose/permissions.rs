@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event, HeaderMap};
+use contract::{Claim, Message, subjects};
+use futures::{FutureExt, StreamExt};
 use tests::cluster::{self, BROKERS, NATS, USERS, compose, container, docker, inspect, ip};
 use tokio::sync::mpsc;
 
@@ -183,6 +185,8 @@ pub async fn everybody_may_do_what_they_need(cluster: Cluster) {
 /// Whoever asks names the subject of the answer. Whoever answers must not follow blindly.
 async fn nobody_writes_through_a_reply_subject(cluster: &Cluster) {
     let gateway = User::connect(cluster.keys.options("gateway")).await.client;
+    let mut claims = cluster.operator.subscribe("ticks.*").await.unwrap();
+    cluster.operator.flush().await.unwrap();
     for (asker, subject) in [
         (&cluster.operator, "numbers.even"),
         (&cluster.operator, "numbers.odd"),
@@ -195,6 +199,14 @@ async fn nobody_writes_through_a_reply_subject(cluster: &Cluster) {
         asker.flush().await.unwrap();
     }
     tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut heard = 0;
+    while let Some(Some(message)) = claims.next().now_or_never() {
+        let subject = message.subject.as_str();
+        let right = subject == subjects::DONE || Claim::decode(&message.payload).is_ok();
+        assert!(right, "{subject}: {:?}", message.payload);
+        heard += 1;
+    }
+    assert!(heard > 0);
     let verified = compose(&["run", "--rm", "provision", "verify"]);
     println!("  {}", verified.lines().last().unwrap());
 }

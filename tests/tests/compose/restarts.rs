@@ -10,6 +10,12 @@ use tests::watch::{Follow, Poll, Watch, without_gap_or_repeat};
 use crate::Cluster;
 
 pub async fn brokers_are_restarted_in_turn(cluster: Cluster) {
+    cluster.heals().await;
+    let failures = || {
+        let log = compose(&["logs", "--no-color", "multiplier"]);
+        log.lines().filter(|line| line.contains("not published yet")).count()
+    };
+    let before = failures();
     let (poll, follow) = (Poll::start(), Follow::start());
     for broker in BROKERS {
         cluster.heals().await;
@@ -25,6 +31,7 @@ pub async fn brokers_are_restarted_in_turn(cluster: Cluster) {
         assert_eq!((watched.missed, watched.doubled), (vec![], vec![]), "{broker}");
         assert_eq!(watched.late, 0, "{broker}: a publication failed and was made again later");
     }
+    assert_eq!(failures(), before, "a publication failed and was made again");
     cluster.heals().await;
     let (polled, sequences) = (poll.stop().await, follow.stop().await);
     assert_eq!(polled.faults, Vec::<String>::new());
