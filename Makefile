@@ -43,11 +43,16 @@ up: ## build and start the cluster in containers: http://127.0.0.1:8080/
 	docker compose up --build --detach
 
 # Somebody serves at every moment: as many new replicas beside the old ones, new ones in the place of
-# these, and then as many as before. HAProxy hears of newcomers within two seconds.
+# these, and then as many as before. HAProxy hears of newcomers within two seconds. The brokers are not
+# touched: some versions of Compose restart them all when it replaces the job that makes the keys, so
+# that it is removed and made instead.
 SERVICES = even odd multiplier gateway
+JOBS = keys provision
 update: ## replace the services of the cluster by a new version, without a pause
 	docker compose build
-	docker compose run --rm provision
+	for job in $(JOBS); do docker compose run --rm --no-deps $$job || exit 1; done
+	docker compose rm --force $(JOBS)
+	docker compose up --no-start --no-deps $(JOBS)
 	@set -e; \
 	scale() { for service in $(SERVICES); do \
 	  running="$$(docker compose ps --quiet $$service | wc -l)"; \

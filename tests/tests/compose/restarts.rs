@@ -83,7 +83,8 @@ async fn everything_goes_down_and_up(cluster: Cluster) {
     tokio::time::sleep(Duration::from_secs(1)).await;
 }
 
-fn started_at(container: String) -> (String, String) {
+/// A container, and when it was started.
+pub fn started_at(container: String) -> (String, String) {
     let at = cluster::inspect(&container, "{{.State.StartedAt}}");
     (container, at)
 }

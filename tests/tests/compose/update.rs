@@ -6,6 +6,7 @@ use tests::cluster::{PROJECT, compose, containers, docker, inspect, run};
 use tests::watch::{Follow, Poll, Watch, without_gap_or_repeat};
 
 use crate::Cluster;
+use crate::restarts::started_at;
 
 const SERVICES: [(&str, usize); 4] = [("even", 2), ("odd", 2), ("multiplier", 2), ("gateway", 3)];
 
@@ -41,6 +42,11 @@ pub async fn a_new_version_takes_over(cluster: Cluster) {
             assert_eq!(inspect(&container, "{{.Image}}"), new, "{container}");
         }
     }
+    // The next `up` finds nothing to do.
+    let before: Vec<_> = containers("").into_iter().map(started_at).collect();
+    tokio::task::block_in_place(|| compose(&["up", "--detach", "--scale", "gateway=3"]));
+    let after: Vec<_> = containers("").into_iter().map(started_at).collect();
+    assert_eq!(after, before);
     assert_eq!(polled.faults, Vec::<String>::new());
     assert!(without_gap_or_repeat(&sequences), "{sequences:?}");
     assert_eq!((watched.missed, watched.doubled), (vec![], vec![]));
