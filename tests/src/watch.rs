@@ -180,7 +180,7 @@ impl Watch {
         let stored = stored_since(operator, self.from).await;
         for (slot, delay) in &stored {
             publish_delay = publish_delay.max(*delay);
-            late += usize::from(*delay > length().duration() && *slot < until);
+            late += usize::from(*delay > SlotLength::DEFAULT.duration() && *slot < until);
         }
         for done in records.range(self.from..).flat_map(|(_, done)| done) {
             let acked = matches!(done.outcome, Outcome::Published);
@@ -189,28 +189,24 @@ impl Watch {
         Watched {
             missed: slots.clone().filter(|slot| count(slot) == 0).collect(),
             doubled: slots.filter(|slot| count(slot) > 1).collect(),
-            tick_gap: length().duration() * u32::try_from(gap).unwrap(),
+            tick_gap: SlotLength::DEFAULT.duration() * u32::try_from(gap).unwrap(),
             publish_delay,
             late,
         }
     }
 }
 
-fn length() -> SlotLength {
-    SlotLength::from_ms(SlotLength::DEFAULT_MS).unwrap()
-}
-
 /// The slot of this moment.
 #[must_use]
 pub fn now() -> Slot {
-    length().slot_at(SystemTime::now().duration_since(UNIX_EPOCH).unwrap())
+    SlotLength::DEFAULT.slot_at(SystemTime::now().duration_since(UNIX_EPOCH).unwrap())
 }
 
 /// Waits for the middle of a slot, when its tick is done and the next one not begun: what a fault
 /// takes with it is then what the design says, and not the tick that is just being done.
 pub async fn between_ticks() {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    let middle = length().start_of(now().next()) + length().duration() / 2;
+    let middle = SlotLength::DEFAULT.start_of(now().next()) + SlotLength::DEFAULT.duration() / 2;
     tokio::time::sleep(middle - since).await;
 }
 
@@ -234,7 +230,7 @@ async fn stored_since(operator: &Client, from: Slot) -> BTreeMap<Slot, Duration>
             assert!(entry.sequence == next, "sequence {next} is missing");
             next += 1;
             let slot: Slot = entry.message_id.as_deref().unwrap().parse().unwrap();
-            let begun = length().start_of(slot);
+            let begun = SlotLength::DEFAULT.start_of(slot);
             let at =
                 Duration::from_nanos(u64::try_from(entry.time.unix_timestamp_nanos()).unwrap());
             if slot >= from {

@@ -38,15 +38,18 @@ impl FromStr for Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotLength(NonZeroU64);
 
+impl FromStr for SlotLength {
+    type Err = std::num::ParseIntError;
+
+    /// A number of milliseconds, at least 1.
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        s.parse().map(Self)
+    }
+}
+
 impl SlotLength {
     /// The length that every deployment uses.
-    pub const DEFAULT_MS: u64 = 500;
-
-    /// A slot of `ms` milliseconds; `None` if that is zero.
-    #[must_use]
-    pub fn from_ms(ms: u64) -> Option<Self> {
-        NonZeroU64::new(ms).map(Self)
-    }
+    pub const DEFAULT: Self = Self(NonZeroU64::new(500).expect("it is not zero"));
 
     /// The length as a duration.
     #[must_use]
@@ -76,7 +79,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_time_lies_within_its_slot(ms in 0..u64::MAX / 4, length in 1..100_000u64) {
-            let length = SlotLength::from_ms(length).unwrap();
+            let length = SlotLength(NonZeroU64::new(length).unwrap());
             let at = Duration::from_millis(ms);
             let slot = length.slot_at(at);
             prop_assert!(length.start_of(slot) <= at);
@@ -85,7 +88,7 @@ mod tests {
 
         #[test]
         fn a_slot_begins_in_itself(slot in 0..u64::MAX / 100_000, length in 1..100_000u64) {
-            let length = SlotLength::from_ms(length).unwrap();
+            let length = SlotLength(NonZeroU64::new(length).unwrap());
             prop_assert_eq!(length.slot_at(length.start_of(Slot(slot))), Slot(slot));
         }
 
@@ -97,6 +100,7 @@ mod tests {
 
     #[test]
     fn no_slot_is_empty() {
-        assert_eq!(SlotLength::from_ms(0), None);
+        assert!("0".parse::<SlotLength>().is_err());
+        assert_eq!("500".parse(), Ok(SlotLength::DEFAULT));
     }
 }

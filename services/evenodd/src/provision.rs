@@ -124,16 +124,9 @@ pub async fn provision(
 }
 
 /// `JetStream` does not answer, or cannot do it at this moment.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{0} (is the broker running, with JetStream?)")]
 struct NotYet(String);
-
-impl std::fmt::Display for NotYet {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} (is the broker running, with JetStream?)", self.0)
-    }
-}
-
-impl std::error::Error for NotYet {}
 
 async fn provision_stream(context: &Context, wanted: &Config) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome { stream: wanted.name.clone(), ..Outcome::default() };

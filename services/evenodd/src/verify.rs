@@ -2,7 +2,6 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::io::Write;
-use std::num::NonZeroU64;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -33,7 +32,7 @@ pub struct Verify {
 
     /// The length of a slot in milliseconds; only tests have another one
     #[arg(long, env = "EVENODD_SLOT_MS", value_name = "MS", default_value = "500", hide = true)]
-    slot_ms: NonZeroU64,
+    slot_ms: SlotLength,
 }
 
 /// How long the leader of the stream may take to answer: there may be an election.
@@ -92,15 +91,15 @@ impl Verify {
 const DOWNTIME_SLOTS: u64 = 40;
 
 /// How many slots back a message may come late: the outbox of one replica may be published when
-/// another has gone on, until the duplicate window is over.
-const LATE_SLOTS: u64 = DUPLICATE_WINDOW.as_secs() * 1000 / SlotLength::DEFAULT_MS;
+/// another has gone on, until the duplicate window is over. There are two slots a second.
+const LATE_SLOTS: u64 = DUPLICATE_WINDOW.as_secs() * 2;
 
 /// How far the clock of a multiplier may be ahead of the broker's.
 const CLOCK_SKEW: Duration = Duration::from_secs(60);
 
 /// The state of the check between two messages.
 struct Check {
-    slot_ms: NonZeroU64,
+    slot_length: SlotLength,
     next_sequence: u64,
     messages: u64,
     first_time: Option<OffsetDateTime>,
@@ -108,7 +107,9 @@ struct Check {
     newest_slot: Option<Slot>,
     recent_slots: VecDeque<Slot>,
     known_slots: HashSet<Slot>,
-    /// Slots between publications, without downtime.
+    /// The slot after which `slots` are counted, up to the newest.
+    counted_after: Slot,
+    /// Slots between publications, without downtime, and how many of these were published.
     slots: u64,
     published: u64,
     late: u64,
@@ -117,9 +118,9 @@ struct Check {
 }
 
 impl Check {
-    fn new(slot_ms: NonZeroU64) -> Self {
+    fn new(slot_length: SlotLength) -> Self {
         Self {
-            slot_ms,
+            slot_length,
             next_sequence: 1,
             messages: 0,
             first_time: None,
@@ -127,6 +128,7 @@ impl Check {
             newest_slot: None,
             recent_slots: VecDeque::new(),
             known_slots: HashSet::new(),
+            counted_after: Slot(0),
             slots: 0,
             published: 0,
             late: 0,
@@ -188,11 +190,10 @@ impl Check {
     fn slot(&mut self, entry: &Entry, slot: Slot) {
         let sequence = entry.sequence;
         // A slot that cannot be must not become the one that others are compared with.
-        let begins_ms = i128::from(slot.0) * i128::from(self.slot_ms.get());
-        let stored_ms = entry.time.unix_timestamp_nanos() / 1_000_000;
-        if begins_ms > stored_ms + i128::from(CLOCK_SKEW.as_secs()) * 1000 {
-            return self
-                .fault(sequence, format_args!("slot {slot} was not yet when it was stored"));
+        let stored = entry.time - OffsetDateTime::UNIX_EPOCH;
+        if self.slot_length.start_of(slot) > stored + CLOCK_SKEW {
+            let what = format_args!("slot {slot} was not yet when it was stored");
+            return self.fault(sequence, what);
         }
         if !self.known_slots.insert(slot) {
             return self.fault(sequence, format_args!("slot {slot} was published before"));
@@ -206,6 +207,7 @@ impl Check {
         }
         let Some(newest) = self.newest_slot else {
             self.newest_slot = Some(slot);
+            self.counted_after = slot;
             return;
         };
         if slot < newest {
@@ -217,12 +219,15 @@ impl Check {
                 );
             }
             self.late += 1;
+            self.published += u64::from(slot > self.counted_after);
             return;
         }
         let passed = slot.0 - newest.0;
         if passed <= DOWNTIME_SLOTS {
             self.slots += passed;
             self.published += 1;
+        } else {
+            self.counted_after = slot;
         }
         self.newest_slot = Some(slot);
     }
@@ -260,7 +265,7 @@ mod tests {
     use super::*;
 
     fn check(messages: &[(u64, u64, &str)]) -> Check {
-        let mut check = Check::new(NonZeroU64::new(500).unwrap());
+        let mut check = Check::new(SlotLength::DEFAULT);
         for &(sequence, slot, payload) in messages {
             check.message(&Entry {
                 sequence,
@@ -325,11 +330,13 @@ mod tests {
     fn a_late_slot_is_counted_and_no_fault() {
         let check = check(&[(1, 5000, RIGHT), (2, 5003, RIGHT), (3, 5001, RIGHT)]);
         assert_eq!((check.fault_count, check.late), (0, 1));
+        assert_eq!((check.slots, check.published), (3, 2));
     }
 
     #[test]
     fn a_time_without_ticks_is_left_out_of_the_rate() {
-        let check = check(&[(1, 5000, RIGHT), (2, 5001, RIGHT), (3, 9000, RIGHT)]);
+        let check =
+            check(&[(1, 5000, RIGHT), (2, 5001, RIGHT), (3, 9000, RIGHT), (4, 8999, RIGHT)]);
         assert_eq!((check.slots, check.published), (1, 1));
     }
 }

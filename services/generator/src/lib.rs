@@ -7,7 +7,8 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use async_nats::{Client, Message};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use contract::Parity;
 use runtime::health::HealthSettings;
 use runtime::micro::{self, Counters, Description, Requests};
@@ -21,8 +22,8 @@ use tracing::{info, warn};
 #[command(name = "generator", version)]
 pub struct Settings {
     /// Which numbers to answer with
-    #[arg(long, env = "EVENODD_PARITY", value_name = "PARITY")]
-    parity: ParityName,
+    #[arg(long, env = "EVENODD_PARITY", value_name = "PARITY", value_parser = parity())]
+    parity: Parity,
 
     #[command(flatten)]
     common: CommonSettings,
@@ -31,19 +32,12 @@ pub struct Settings {
     health: HealthSettings,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum ParityName {
-    Even,
-    Odd,
-}
-
-impl From<ParityName> for Parity {
-    fn from(name: ParityName) -> Self {
-        match name {
-            ParityName::Even => Self::Even,
-            ParityName::Odd => Self::Odd,
-        }
-    }
+fn parity() -> impl TypedValueParser<Value = Parity> {
+    let names = [Parity::Even, Parity::Odd].map(Parity::name);
+    PossibleValuesParser::new(names).map(|name| match name.as_str() {
+        "even" => Parity::Even,
+        _ => Parity::Odd,
+    })
 }
 
 impl Service for Settings {
@@ -56,7 +50,7 @@ impl Service for Settings {
     }
 
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let parity = Parity::from(self.parity);
+        let parity = self.parity;
         let health = self.health.listen().await?;
         let client = connection::connect(&self.common.nats, parity.name(), parity.name()).await?;
         let about = Description {
