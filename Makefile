@@ -44,21 +44,18 @@ up: ## build and start the cluster in containers: http://127.0.0.1:8080/
 
 # Somebody serves at every moment: as many new replicas beside the old ones, new ones in the place of
 # these, and then as many as before. HAProxy hears of newcomers within two seconds. The brokers are not
-# touched: some versions of Compose restart them all when it replaces the job that makes the keys, so
-# that it is removed and made instead.
+# touched: some versions of Compose restart all of them when they replace a job that they wait for, so
+# that it is removed, and made anew.
 SERVICES = even odd multiplier gateway
-JOBS = keys provision
 update: ## replace the services of the cluster by a new version, without a pause
 	docker compose build
-	for job in $(JOBS); do docker compose run --rm --no-deps $$job || exit 1; done
-	docker compose rm --force $(JOBS)
-	docker compose up --no-start --no-deps $(JOBS)
+	docker compose rm --force keys provision
 	@set -e; \
 	scale() { for service in $(SERVICES); do \
 	  running="$$(docker compose ps --quiet $$service | wc -l)"; \
 	  [ "$$running" -gt 0 ] || { echo "no $$service is running; see make up" >&2; exit 1; }; \
 	  echo "--scale $$service=$$((running * $$1))"; done; }; \
-	up() { docker compose up --detach --wait --no-deps "$$@" $(SERVICES); sleep 3; }; \
+	up() { docker compose up --detach --wait "$$@" $(SERVICES); sleep 3; }; \
 	once="$$(scale 1)"; twice="$$(scale 2)"; \
 	up --no-recreate $$twice; up $$twice; up $$once
 
