@@ -125,10 +125,18 @@ pub fn container(service: &str) -> String {
 ///
 /// # Panics
 /// If it does not within two minutes: a broker may have to elect leaders and catch up first.
-pub async fn in_time(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+pub async fn in_time(what: &str, condition: impl AsyncFnMut() -> bool) {
+    within(Duration::from_mins(2), what, condition).await;
+}
+
+/// Polls until `condition` holds.
+///
+/// # Panics
+/// If it does not within `limit`.
+pub async fn within(limit: Duration, what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let begun = Instant::now();
     while !condition().await {
-        assert!(begun.elapsed() < Duration::from_mins(2), "never came true: {what}");
+        assert!(begun.elapsed() < limit, "never came true: {what}");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }

@@ -28,6 +28,9 @@ const VALID: Duration = Duration::days(20 * 365);
 /// For servers whose clock is behind.
 const VALID_BEFORE: Duration = Duration::days(1);
 
+/// The name of our authority.
+const AUTHORITY: &str = "Evenodd";
+
 const SECRET: u32 = 0o600;
 const SECRET_OF_GROUP: u32 = 0o640;
 const PUBLIC: u32 = 0o644;
@@ -117,10 +120,11 @@ impl Keys {
                 let key = KeyPair::from_pem(&key).context("ca.key")?;
                 let certificate = CertificateDer::from_pem_slice(certificate.as_bytes());
                 let certificate = certificate.context("ca.pem")?;
-                let public = key.public_key_raw();
+                let has = |part: &[u8]| certificate.windows(part.len()).any(|bytes| bytes == part);
                 ensure!(
-                    certificate.windows(public.len()).any(|bytes| bytes == public),
-                    "a certificate is missing and ca.key is not the key of ca.pem: make it with your own authority"
+                    has(key.public_key_raw()) && has(AUTHORITY.as_bytes()),
+                    "a certificate is missing, and ca.pem is not the certificate that was made here for \
+                     ca.key: sign it with the authority that ca.pem is of"
                 );
                 Issuer::new(authority()?, key)
             }
@@ -194,7 +198,7 @@ enum Access {
 /// The same every time, so that a later certificate has the same issuer.
 fn authority() -> anyhow::Result<CertificateParams> {
     let mut params = valid(CertificateParams::new(Vec::<String>::new())?);
-    params.distinguished_name.push(DnType::CommonName, "Evenodd");
+    params.distinguished_name.push(DnType::CommonName, AUTHORITY);
     // It signs certificates of servers, and no other authority.
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign];

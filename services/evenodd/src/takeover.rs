@@ -6,7 +6,7 @@
 //! well, but needs the two brokers to be connected as leaf nodes for as long as it takes.
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use async_nats::jetstream::response::Response;
@@ -16,8 +16,9 @@ use clap::Args;
 use contract::streams::{self, NUMBERS};
 use futures::StreamExt;
 use indicatif::ProgressBar;
+use runtime::connection;
+use runtime::jetstream::{self, NoStream};
 use runtime::settings::{NatsSettings, server};
-use runtime::{connection, jetstream};
 use serde_json::{Value, json};
 
 use crate::USER;
@@ -25,6 +26,8 @@ use crate::USER;
 /// How long the servers may take to begin and to end: the snapshot is checked before, and the
 /// index made afterwards.
 const PATIENCE: Duration = Duration::from_mins(10);
+/// How long the servers may take to start.
+const START_PATIENCE: Duration = Duration::from_mins(2);
 /// How long one piece may take.
 const PIECE_PATIENCE: Duration = Duration::from_secs(30);
 /// A piece, in bytes: within the `max_payload` of both of our configurations.
@@ -36,7 +39,7 @@ const PIECE: usize = 32 * 1024;
 #[derive(Args, Clone, Debug)]
 pub struct Takeover {
     /// The broker that has the history
-    #[arg(long, value_name = "URL", hide_env_values = true, value_parser = server)]
+    #[arg(long, value_name = "URL", value_parser = server)]
     from: ServerAddr,
 
     #[command(flatten)]
@@ -57,9 +60,10 @@ impl Takeover {
             let connected = connection::wait_until_connected(client, Duration::from_secs(10));
             ensure!(connected.await, "NATS is not reachable; see {flag}");
         }
+        wait_for_room(&to).await.context("--nats")?;
         let before = jetstream::info(&from, NUMBERS, PIECE_PATIENCE).await.context("--from")?.state;
 
-        let inbox = from.new_inbox();
+        let inbox = connection::inbox(&from);
         let mut pieces = from.subscribe(inbox.clone()).await?;
         let order = json!({ "deliver_subject": inbox, "no_consumers": true, "chunk_size": PIECE });
         let snapshot: Value = ask(&from, "STREAM.SNAPSHOT", order).await.context("--from")?;
@@ -72,7 +76,7 @@ impl Takeover {
         let last = loop {
             let piece = tokio::time::timeout(PIECE_PATIENCE, pieces.next())
                 .await
-                .context("--from has stopped to send")?
+                .context("--from has stopped sending")?
                 .context("the connection to --from was closed")?;
             if let Some(status) = piece.status.filter(|status| status.as_u16() >= 400) {
                 bail!("--from: {status} {}", piece.description.unwrap_or_default());
@@ -113,6 +117,20 @@ impl Takeover {
             copy.messages, copy.first_sequence, copy.last_sequence
         );
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Waits for JetStream, which in a cluster that is just started has no leader yet, and makes sure that
+/// there is no history.
+async fn wait_for_room(client: &Client) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    loop {
+        match jetstream::info(client, NUMBERS, Duration::from_secs(2)).await {
+            Ok(_) => bail!("there is a stream {NUMBERS} already, which is never overwritten"),
+            Err(error) if error.is::<NoStream>() => return Ok(()),
+            Err(error) if begun.elapsed() > START_PATIENCE => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(250)).await,
+        }
     }
 }
 

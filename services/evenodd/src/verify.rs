@@ -35,7 +35,7 @@ pub struct Verify {
     slot_ms: SlotLength,
 }
 
-/// How long the leader of the stream may take to answer: there may be an election.
+/// How long NATS, and the leader of the stream, may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The next messages. A replica that is behind has none for a moment, and is asked again.
@@ -90,10 +90,6 @@ impl Verify {
 /// rate. Forty unpublished ticks in a row come by chance once in 10^19.
 const DOWNTIME_SLOTS: u64 = 40;
 
-/// How many slots back a message may come late: the outbox of one replica may be published when
-/// another has gone on, until the duplicate window is over. There are two slots a second.
-const LATE_SLOTS: u64 = DUPLICATE_WINDOW.as_secs() * 2;
-
 /// How far the clock of a multiplier may be ahead of the broker's.
 const CLOCK_SKEW: Duration = Duration::from_secs(60);
 
@@ -135,6 +131,12 @@ impl Check {
             faults: Vec::new(),
             fault_count: 0,
         }
+    }
+
+    /// How many slots back a message may come late: the outbox of one replica may be published when
+    /// another has gone on, until the duplicate window is over.
+    fn late_slots(&self) -> u64 {
+        self.slot_length.slot_at(DUPLICATE_WINDOW).0
     }
 
     fn fault(&mut self, sequence: u64, what: impl std::fmt::Display) {
@@ -200,7 +202,7 @@ impl Check {
         }
         // A slot further back than this is a fault in any case.
         self.recent_slots.push_back(slot);
-        if self.recent_slots.len() as u64 > 2 * LATE_SLOTS
+        if self.recent_slots.len() as u64 > 2 * self.late_slots()
             && let Some(old) = self.recent_slots.pop_front()
         {
             self.known_slots.remove(&old);
@@ -212,7 +214,7 @@ impl Check {
         };
         if slot < newest {
             let back = newest.0 - slot.0;
-            if back > LATE_SLOTS {
+            if back > self.late_slots() {
                 return self.fault(
                     sequence,
                     format_args!("slot {slot} is {back} slots behind slot {newest}"),

@@ -23,6 +23,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const IDENTITY: Duration = Duration::from_secs(5);
 /// The leader answers within this time, or there is none. Nothing is read meanwhile.
 const LEADER_PATIENCE: Duration = Duration::from_millis(250);
+/// Before the first number is known there is nothing else to do.
+const FIRST_PATIENCE: Duration = Duration::from_secs(2);
 /// A nudge may be quicker than the replica that is asked: it is asked again after these.
 const AGAIN: [Duration; 5] = [
     Duration::from_millis(1),
@@ -41,6 +43,8 @@ pub struct Reader {
     nudges: Subscriber,
     /// What is going wrong, so that it is logged once; empty while all is well.
     fault: String,
+    /// The stream that was read is not there any more.
+    replaced: bool,
 }
 
 impl Reader {
@@ -50,7 +54,7 @@ impl Reader {
     /// If the connection was closed.
     pub async fn new(client: Client, state: Arc<State>) -> anyhow::Result<Self> {
         let nudges = client.subscribe(subjects::PUBLISHED).await?;
-        Ok(Self { client, state, nudges, fault: String::new() })
+        Ok(Self { client, state, nudges, fault: String::new(), replaced: false })
     }
 
     /// Follows the stream for ever. What goes wrong is logged once, and tried again.
@@ -73,18 +77,21 @@ impl Reader {
 
     /// Follows one stream until something goes wrong, or (`Ok`) the nudges end.
     async fn follow(&mut self) -> anyhow::Result<()> {
-        let mut snapshot = match (self.state.snapshot(), self.info().await) {
+        let before = self.state.snapshot();
+        let patience = if before.is_some() { LEADER_PATIENCE } else { FIRST_PATIENCE };
+        let mut snapshot = match (before, self.info(patience).await) {
             // Read on after an interruption.
             (Some(snapshot), Ok(now)) if is_same(snapshot.created, snapshot.last_seq, &now) => {
                 snapshot
             }
             // A stream that has no leader for a while can be read all the same.
-            (Some(snapshot), Err(_)) => snapshot,
+            (Some(snapshot), Err(_)) if !self.replaced => snapshot,
             (before, info) => {
                 let start = Arc::new(self.start(info?.created).await?);
                 if before.is_some() {
                     warn!("{NOT_THE_SAME}: starting over");
                 }
+                self.replaced = false;
                 self.state.replace(start.clone());
                 info!(last_seq = start.last_seq, "caught up with the history");
                 start
@@ -122,16 +129,17 @@ impl Reader {
             }
             if identity_at.elapsed() >= IDENTITY {
                 identity_at = Instant::now();
-                if let Ok(now) = self.info().await {
+                if let Ok(now) = self.info(LEADER_PATIENCE).await {
                     // Made anew, or put back to an earlier state: the next round starts over.
-                    anyhow::ensure!(is_same(snapshot.created, before, &now), NOT_THE_SAME);
+                    self.replaced = !is_same(snapshot.created, before, &now);
+                    anyhow::ensure!(!self.replaced, NOT_THE_SAME);
                 }
             }
         }
     }
 
-    async fn info(&self) -> anyhow::Result<Info> {
-        jetstream::info(&self.client, NUMBERS, LEADER_PATIENCE).await
+    async fn info(&self, patience: Duration) -> anyhow::Result<Info> {
+        jetstream::info(&self.client, NUMBERS, patience).await
     }
 
     /// The last 100 valid numbers of a stream that is read for the first time.

@@ -33,11 +33,9 @@ pub struct Settings {
 }
 
 fn parity() -> impl TypedValueParser<Value = Parity> {
-    let names = [Parity::Even, Parity::Odd].map(Parity::name);
-    PossibleValuesParser::new(names).map(|name| match name.as_str() {
-        "even" => Parity::Even,
-        _ => Parity::Odd,
-    })
+    let even = Parity::Even.name();
+    PossibleValuesParser::new([even, Parity::Odd.name()])
+        .map(move |name| if name == even { Parity::Even } else { Parity::Odd })
 }
 
 impl Service for Settings {

@@ -69,11 +69,15 @@ impl Claims {
 
     /// Whether this replica is to do the tick of this slot, which began at that time.
     pub async fn take(&mut self, slot: Slot, begun: Instant) -> bool {
+        if begun.elapsed() > self.times.last_chance {
+            return false;
+        }
         self.bids.retain(|bid| bid.slot >= slot);
         let claim = Claim { slot, multiplier: self.id.clone(), granted: false };
-        // Whoever was not connected in time has not heard who bid, and goes by the stream alone.
+        // Whoever comes near the time of the bids, because it was stopped or not connected, may not have
+        // heard them. It makes none of its own.
         let late = begun.elapsed();
-        let in_time = late < self.times.patience;
+        let in_time = late < self.times.patience / 2;
         let deadline = if in_time { self.times.patience } else { late + self.times.patience };
         let answer = publish(&self.client, &claim, deadline.saturating_sub(late)).await;
         self.hear_what_came(slot);
@@ -90,7 +94,12 @@ impl Claims {
             Err(error) => error.to_string(),
         };
         tokio::time::sleep(self.times.patience.saturating_sub(begun.elapsed())).await;
-        let mine = in_time && self.settle(&claim, begun).await;
+        self.hear_what_came(slot);
+        if !in_time && !self.has_bids(slot) {
+            debug!(%slot, fault, "left to others, if there are any");
+            return false;
+        }
+        let mine = self.settle(&claim, begun).await;
         self.settled(Some(fault), mine)
     }
 
@@ -109,7 +118,6 @@ impl Claims {
 
     /// Settles a slot without `JetStream`, after it had time to answer.
     async fn settle(&mut self, claim: &Claim, begun: Instant) -> bool {
-        self.hear_what_came(claim.slot);
         let mut end = std::pin::pin!(tokio::time::sleep(self.times.bidding));
         // Whoever bid before this replica has the slot. To bid all the same would be to bid
         // against somebody who may have stopped listening.

@@ -170,7 +170,7 @@ impl Ticker {
         }
     }
 
-    /// When a slot began that is not over.
+    /// When a slot began, by this machine's clock.
     fn begin_of(&self, slot: Slot) -> Instant {
         let ago = unix_time().saturating_sub(self.slot_length.start_of(slot));
         Instant::now().checked_sub(ago).unwrap_or_else(Instant::now)

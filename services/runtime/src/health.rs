@@ -36,7 +36,7 @@ impl HealthSettings {
         self.health.map(|address| (address, "/healthz"))
     }
 
-    /// Takes the address, if there is one. Questions wait until they are answered.
+    /// Takes the address, if there is one. Connections queue until [`Health::serve`] runs.
     ///
     /// # Errors
     /// If the address cannot be listened on.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use async_nats::Client;
 use async_nats::client::{Request, RequestErrorKind};
 use async_nats::header::{HeaderMap, NATS_MESSAGE_ID};
+use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::publish::PublishAck;
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::Info;
@@ -66,6 +67,11 @@ pub async fn publish(
     }
 }
 
+/// The stream does not exist.
+#[derive(Debug, thiserror::Error)]
+#[error("stream {0} is not there; did `evenodd provision` run?")]
+pub struct NoStream(String);
+
 /// What the leader of a stream says of it.
 ///
 /// # Errors
@@ -77,7 +83,7 @@ pub async fn info(client: &Client, stream: &str, timeout: Duration) -> anyhow::R
 /// A request of the `JetStream` API to a stream.
 ///
 /// # Errors
-/// If there is no such stream, nobody answers in time, or the answer is an error.
+/// [`NoStream`] if that is the answer; also any other error, and no answer in time.
 pub async fn api<T: DeserializeOwned>(
     client: &Client,
     verb: &str,
@@ -89,6 +95,9 @@ pub async fn api<T: DeserializeOwned>(
     let request = connection::request(client).payload(payload);
     match answer(client, &subject, request, timeout).await {
         Ok(Response::Ok(answer)) => Ok(answer),
+        Ok(Response::Err { error }) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {
+            anyhow::bail!(NoStream(stream.to_owned()))
+        }
         Ok(Response::Err { error }) => anyhow::bail!("stream {stream}: {error}"),
         Err(error) => anyhow::bail!("stream {stream}: {error}"),
     }

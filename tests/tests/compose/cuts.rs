@@ -52,4 +52,9 @@ pub async fn any_cable_may_break(cluster: Cluster) {
     tokio::time::sleep(Duration::from_secs(3)).await;
     let log = compose(&[&["logs", "--no-color", "--since", "3s"], &BROKERS[..]].concat());
     assert!(!log.contains("handshake error"), "{log}");
+    // A store that cannot be read any more (docs/adr/0011-no-compression.md) is told of once, when its
+    // server has forgotten what it wrote and reads it: after a while without publications.
+    let log = compose(&[&["logs", "--no-color"], &BROKERS[..]].concat());
+    let unreadable: Vec<_> = log.lines().filter(|line| line.contains("ritical")).collect();
+    assert!(unreadable.is_empty(), "{unreadable:#?}");
 }

@@ -47,15 +47,16 @@ pub async fn any_process_may_die(cluster: Cluster) {
 /// starts.
 const REWRITTEN: u64 = 320;
 
-/// A power cut: all brokers in the same moment, again and again.
+/// All brokers crash in the same moment, again and again.
 pub async fn all_brokers_may_die_at_once(cluster: Cluster) {
     let brokers = BROKERS.map(cluster::container);
-    for enough in [0, 0, REWRITTEN, REWRITTEN] {
-        in_time("there are enough messages", async || {
-            let info = cluster::stream_info(&cluster.operator, NUMBERS).await;
-            info.is_some_and(|info| info.state.last_sequence >= enough)
-        })
-        .await;
+    // In a minute there are some 80.
+    cluster::within(Duration::from_mins(6), "there are enough messages", async || {
+        let info = cluster::stream_info(&cluster.operator, NUMBERS).await;
+        info.is_some_and(|info| info.state.last_sequence >= REWRITTEN)
+    })
+    .await;
+    for _ in 0..3 {
         cluster.heals().await;
         let (watch, poll, follow) = (Watch::start().await, Poll::start(), Follow::start());
         tokio::time::sleep(Duration::from_secs(3)).await;
@@ -71,12 +72,11 @@ pub async fn all_brokers_may_die_at_once(cluster: Cluster) {
             polled.answered,
             polled.longest_gap.as_millis(),
         );
+        // Core NATS is there again as soon as a broker is.
+        assert!(watched.tick_gap < Duration::from_secs(15), "{watched:?}");
         assert_eq!(watched.doubled, []);
         assert_eq!(polled.faults, Vec::<String>::new());
         assert!(without_gap_or_repeat(&sequences), "{sequences:?}");
     }
-    // A store that cannot be read any more is told of once, and then its server serves without it.
-    let log = compose(&[&["logs", "--no-color"], &BROKERS[..]].concat());
-    assert!(!log.to_lowercase().contains("critical"), "{log}");
     println!("  {}", compose(&["run", "--rm", "provision", "verify"]).replace('\n', "\n  "));
 }

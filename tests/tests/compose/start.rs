@@ -48,6 +48,12 @@ pub async fn the_cluster_is_redundant(cluster: Cluster) {
     for (service, count) in CONTAINERS {
         assert_eq!(containers(service).len(), count, "{service}");
     }
+    for broker in BROKERS {
+        let varz = ["wget", "-q", "-O", "-", "http://127.0.0.1:8222/varz"];
+        let varz = docker(&[&["exec", &cluster::container(broker)], &varz[..]].concat());
+        let varz: Value = varz.parse().unwrap();
+        assert_eq!(varz["jetstream"]["config"]["sync_always"], true, "{broker}: {varz}");
+    }
     for stream in [NUMBERS, TICKS] {
         let info = cluster::stream_info(&cluster.operator, stream).await.unwrap();
         assert_eq!(info.config.num_replicas, 3, "{stream}");

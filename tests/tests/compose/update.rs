@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use tests::cluster::{PROJECT, compose, containers, docker, inspect, run};
+use tests::cluster::{BROKERS, PROJECT, compose, container, containers, docker, inspect, run};
 use tests::watch::{Follow, Poll, Watch, without_gap_or_repeat};
 
 use crate::Cluster;
@@ -23,6 +23,8 @@ pub async fn a_new_version_takes_over(cluster: Cluster) {
         compose(&["up", "--detach", "--scale", "gateway=3"]);
     });
     cluster.heals().await;
+    let others = || BROKERS.map(container).map(started_at);
+    let untouched = others();
     let (watch, poll, follow) = (Watch::start().await, Poll::start(), Follow::start());
     tokio::task::block_in_place(|| {
         let _ = run("env", &[&format!("COMPOSE_PROJECT_NAME={PROJECT}"), "make", "update"]);
@@ -35,11 +37,12 @@ pub async fn a_new_version_takes_over(cluster: Cluster) {
         polled.longest_gap.as_millis(),
     );
     assert_eq!(inspect_image(), new);
+    assert_eq!(others(), untouched);
     for (service, count) in SERVICES {
         let containers = containers(service);
         assert_eq!(containers.len(), count, "{service}");
-        for container in containers {
-            assert_eq!(inspect(&container, "{{.Image}}"), new, "{container}");
+        for name in containers {
+            assert_eq!(inspect(&name, "{{.Image}}"), new, "{name}");
         }
     }
     // The next `up` finds nothing to do.

@@ -93,7 +93,7 @@ async fn keys_that_cannot_be_made_are_told() {
     let (other, ..) = keys(&scratch, "other", &[]).await;
     let key = Path::new(&directory).join("ca.key");
     fs::remove_file(&key).unwrap();
-    for told in ["ca.key is not there", "ca.key is not the key of ca.pem"] {
+    for told in ["ca.key is not there", "ca.pem is not the certificate"] {
         let (_, status, output) = keys(&scratch, "keys", &[]).await;
         assert_eq!((status, output.as_str()), (Some(0), ""));
         let (_, status, output) = keys(&scratch, "keys", &["--servers", "nats-4"]).await;

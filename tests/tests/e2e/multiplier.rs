@@ -1,13 +1,13 @@
 //! Service 3: rates, and one tick a slot whatever happens to the replicas.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use contract::streams::TICKS;
-use contract::{Claim, Message, Outcome, Parity, Product, odds, subjects};
+use contract::{Claim, Message, Outcome, Parity, Product, Slot, odds, subjects};
 use futures::StreamExt;
 use nix::sys::signal::Signal;
-use tests::{PATIENCE, Pipeline, Ticks};
+use tests::{PATIENCE, Pipeline, Process, Ticks};
 use tokio::time::{sleep, timeout};
 
 /// The slot of real deployments.
@@ -189,6 +189,33 @@ async fn a_slot_that_another_replica_has_is_not_ticked() {
     ticks.until(|done| Some(&done.slot) > theirs.last()).await;
     let left: Vec<_> = ticks.irregular().into_keys().collect();
     assert_eq!(left, theirs);
+}
+
+/// A replica that comes into a slot when the others may have settled it goes by the stream: it ticks if
+/// that gives it the slot, and does not if there is no stream to ask.
+#[tokio::test]
+async fn a_replica_that_is_late_does_not_bid() {
+    let pipeline = Pipeline::new().await;
+    let _generators = pipeline.generators().await;
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    let mut multiplier = pipeline.multiplier(3 * SLOT_MS).await;
+    let be_late = async |multiplier: &Process, slot: Slot| {
+        multiplier.signal(Signal::SIGSTOP);
+        let begin = UNIX_EPOCH + Duration::from_millis(3 * SLOT_MS * slot.0);
+        // A fifth of the slot is when bids are made, three fifths when it is too late for anything.
+        let late = begin + Duration::from_millis(SLOT_MS);
+        sleep(late.duration_since(SystemTime::now()).unwrap()).await;
+        multiplier.signal(Signal::SIGCONT);
+    };
+    let slot = ticks.next().await.slot.next();
+    be_late(&multiplier, slot).await;
+    assert_eq!(ticks.next().await.slot, slot);
+    async_nats::jetstream::new(pipeline.client.clone()).delete_stream(TICKS).await.unwrap();
+    multiplier.wait_for("settle slots among themselves").await;
+    ticks.take(2).await;
+    let slot = ticks.next().await.slot.next();
+    be_late(&multiplier, slot).await;
+    assert_eq!(ticks.next().await.slot, slot.next());
 }
 
 /// A generator that answers nonsense is not believed; the other one's answer counts.

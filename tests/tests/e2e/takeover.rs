@@ -35,7 +35,7 @@ async fn sequences_and_times_are_kept_and_nothing_is_overwritten() {
     // There is a history now.
     let (status, output) = takeover(&old.broker, &new, &scratch).await;
     assert_eq!(status, Some(1));
-    assert!(output.contains("stream name already in use"), "{output}");
+    assert!(output.contains("there is a stream NUMBERS already"), "{output}");
     assert_eq!(
         old.entries(2001, 1).await,
         history::read(&client, "NUMBERS", 2001, 1).await.unwrap()
@@ -49,7 +49,7 @@ async fn a_broker_without_a_history_or_that_is_not_there_is_named() {
     let new = Broker::start(&other).await;
     let (status, output) = takeover(&empty, &new, &scratch).await;
     assert_eq!(status, Some(1));
-    assert!(output.contains("the history of --from"), "{output}");
+    assert!(output.contains("--from: stream NUMBERS is not there"), "{output}");
     let mut gone = Broker::start(&Scratch::new()).await;
     gone.kill();
     let (status, output) = takeover(&gone, &new, &scratch).await;
