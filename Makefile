@@ -42,22 +42,22 @@ bench: ## measure the steps of a tick and the gateway here (with wrk and nginx, 
 up: ## build and start the cluster in containers: http://127.0.0.1:8080/
 	docker compose up --build --detach
 
-# Somebody serves at every moment: as many new replicas beside the old ones, new ones in the place of
-# these, and then as many as before. HAProxy hears of newcomers within two seconds. The brokers are not
-# touched: some versions of Compose restart all of them when they replace a job that they wait for, so
-# that it is removed, and made anew.
-SERVICES = even odd multiplier gateway
+# As many new replicas come beside the old ones, and when they are healthy the old ones go; HAProxy hears
+# of newcomers within two seconds. Nothing is recreated, because some versions of Compose then restart
+# what depends on it: all brokers at once.
 update: ## replace the services of the cluster by a new version, without a pause
 	docker compose build
-	docker compose rm --force keys provision
-	@set -e; \
-	scale() { for service in $(SERVICES); do \
-	  running="$$(docker compose ps --quiet $$service | wc -l)"; \
-	  [ "$$running" -gt 0 ] || { echo "no $$service is running; see make up" >&2; exit 1; }; \
-	  echo "--scale $$service=$$((running * $$1))"; done; }; \
-	up() { docker compose up --detach --wait "$$@" $(SERVICES); sleep 3; }; \
-	once="$$(scale 1)"; twice="$$(scale 2)"; \
-	up --no-recreate $$twice; up $$twice; up $$once
+	@set -e; services="even odd multiplier gateway"; \
+	old="$$(docker compose ps --quiet $$services)"; \
+	[ -n "$$old" ] || { echo "nothing is running; see make up" >&2; exit 1; }; \
+	twice=; for service in $$services; do \
+	  twice="$$twice --scale $$service=$$((2 * $$(docker compose ps --quiet $$service | wc -l)))"; done; \
+	docker compose rm --force keys provision; \
+	docker compose up --detach --wait --no-recreate $$twice $$services || { \
+	  echo "the new version is not healthy: removing it" >&2; \
+	  docker rm --force $$(docker compose ps --all --quiet $$services | grep --invert-match --fixed-strings "$$old"); \
+	  exit 1; }; \
+	sleep 3; docker stop $$old; docker rm $$old
 
 down: ## stop it; the history stays in its volumes
 	docker compose down
