@@ -57,7 +57,7 @@ update: ## replace the services of the cluster by a new version, without a pause
 	  echo "the new version is not healthy: removing it" >&2; \
 	  docker rm --force $$(docker compose ps --all --quiet $$services | grep --invert-match --fixed-strings "$$old"); \
 	  exit 1; }; \
-	sleep 3; docker stop $$old; docker rm $$old
+	sleep 3; docker stop $$old >/dev/null; docker rm $$old >/dev/null; echo "updated"
 
 down: ## stop it; the history stays in its volumes
 	docker compose down

@@ -129,9 +129,21 @@ impl Keys {
                 Issuer::new(authority()?, key)
             }
             None => {
-                let key = KeyPair::generate()?;
+                let key = match self.read("ca.key")? {
+                    // Its certificate can be made again, and those that it has signed stay valid.
+                    Some(key) => KeyPair::from_pem(&key).context("ca.key")?,
+                    None => {
+                        ensure!(
+                            missing.len() == self.servers.len(),
+                            "there are certificates, and neither ca.pem nor ca.key: put these back, or \
+                             remove all certificates"
+                        );
+                        let key = KeyPair::generate()?;
+                        self.write("ca.key", &key.serialize_pem(), Access::Own)?;
+                        key
+                    }
+                };
                 let certificate = authority()?.self_signed(&key)?;
-                self.write("ca.key", &key.serialize_pem(), Access::Own)?;
                 self.write("ca.pem", &certificate.pem(), Access::All)?;
                 Issuer::new(authority()?, key)
             }

@@ -87,6 +87,23 @@ async fn keys_that_cannot_be_made_are_told() {
         assert_eq!(process.wait().await.code(), Some(1));
         assert!(process.log().contains(told), "{}", process.log());
     }
+    // What an authority has signed is not given a new one beside it.
+    let (directory, ..) = keys(&scratch, "two", &[]).await;
+    for (gone, expected) in
+        [("ca.pem", (Some(0), "made ")), ("ca.pem", (Some(0), "made ")), ("ca.key", (Some(0), ""))]
+    {
+        let before = files(&directory);
+        fs::remove_file(Path::new(&directory).join(gone)).unwrap();
+        let (_, status, output) = keys(&scratch, "two", &[]).await;
+        assert_eq!(status, expected.0, "{output}");
+        assert!(output.starts_with(expected.1) && output.lines().count() < 2, "{output}");
+        let after = files(&directory);
+        assert!(after.iter().all(|(name, file)| name == "ca.pem" || before[name] == *file));
+    }
+    fs::remove_file(Path::new(&directory).join("ca.pem")).unwrap();
+    let (_, status, output) = keys(&scratch, "two", &[]).await;
+    assert_eq!(status, Some(1));
+    assert!(output.contains("neither ca.pem nor ca.key"), "{output}");
     // An authority whose key is gone, or is another's, signs nothing more: a new one would not be
     // trusted by those who have the old one. As long as nothing is to be signed that is no fault.
     let (directory, ..) = keys(&scratch, "keys", &[]).await;
