@@ -53,7 +53,7 @@ pub async fn a_history_is_taken_over(cluster: Cluster) {
     let takeover = ["run", "--rm", "provision", "takeover", "--from", "nats://old:4222"];
     let said = tokio::task::block_in_place(|| compose(&takeover));
     println!("  {said}");
-    // The copy is on the disks of all three, and not only in what they say to each other.
+    // The copy is in the stores of all three, and not only in their memory.
     cluster::crash(&BROKERS.map(cluster::container));
 
     tokio::task::block_in_place(|| compose(&["up", "--detach"]));
