@@ -331,23 +331,18 @@ async fn fill(client: &Client) {
             headers.insert(NATS_MESSAGE_ID, Slot(slot).to_string());
             let payload = product(slot).encode().into();
             client
-                .publish_with_reply_and_headers(
-                    subjects::PUBLISHED,
-                    inbox.clone(),
-                    headers,
-                    payload,
-                )
+                .publish_with_reply_and_headers(subjects::PUBLISH, inbox.clone(), headers, payload)
                 .await
                 .unwrap();
         }
     }
-    let last = history::last(client, NUMBERS, subjects::PUBLISHED).await;
+    let last = history::last(client, NUMBERS).await;
     assert_eq!(last.unwrap().unwrap().sequence, LONG);
 }
 
 async fn publish(client: &Client, slot: u64) {
     let payload = product(slot).encode().into();
-    let ack = jetstream::publish(client, subjects::PUBLISHED, Slot(slot), payload, PATIENCE).await;
+    let ack = jetstream::publish(client, subjects::PUBLISH, Slot(slot), payload, PATIENCE).await;
     assert_eq!(ack.unwrap().sequence, slot);
 }
 

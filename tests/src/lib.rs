@@ -7,12 +7,13 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, clippy::missing_panics_doc)]
 
 mod broker;
+pub mod brokers;
 pub mod browser;
 pub mod cluster;
 pub mod http;
 mod pipeline;
 mod process;
-mod ticks;
+pub mod ticks;
 pub mod watch;
 
 use std::path::{Path, PathBuf};
@@ -21,14 +22,16 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 
 pub use broker::{Broker, nats_server};
+pub use brokers::Brokers;
 pub use pipeline::{Pipeline, gateway};
 pub use process::Process;
-pub use ticks::Ticks;
+pub use ticks::{Audit, Ticks};
 
 /// Longer than anything here takes on a busy machine of two cores.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A directory for everything that one test writes.
+#[derive(Debug)]
 pub struct Scratch(Option<tempfile::TempDir>);
 
 impl Scratch {

@@ -90,7 +90,7 @@ impl Pipeline {
 
     /// Publishes whatever it is.
     pub async fn store(&self, slot: u64, payload: Vec<u8>) -> u64 {
-        let (subject, timeout) = (subjects::PUBLISHED, Duration::from_secs(5));
+        let (subject, timeout) = (subjects::PUBLISH, Duration::from_secs(5));
         let ack = jetstream::publish(&self.client, subject, Slot(slot), payload.into(), timeout);
         ack.await.unwrap().sequence
     }

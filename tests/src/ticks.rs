@@ -1,41 +1,43 @@
-//! Watching `ticks.done`.
+//! Watching `ticks.done`, and holding the two streams against each other.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use async_nats::{Client, Subscriber};
-use contract::{Message, Slot, TickDone, subjects};
+use contract::streams::{NUMBERS, TICKS};
+use contract::{Draw, Message, Product, Slot, subjects};
 use futures::StreamExt;
+use runtime::history::{self, Entry, MAX_BATCH};
 
-use crate::PATIENCE;
+use crate::{PATIENCE, eventually};
 
-/// All records of ticks since it was made.
+/// All ticks since it was made.
 pub struct Ticks {
-    records: Subscriber,
-    seen: Vec<TickDone>,
+    draws: Subscriber,
+    seen: Vec<Draw>,
 }
 
 impl Ticks {
     /// Starts to listen. What is ticked once this has returned is heard.
     pub async fn watch(client: &Client) -> Self {
-        let records = client.subscribe(subjects::DONE).await.unwrap();
+        let draws = client.subscribe(subjects::DONE).await.unwrap();
         client.flush().await.unwrap();
-        Self { records, seen: Vec::new() }
+        Self { draws, seen: Vec::new() }
     }
 
-    /// The next record.
-    pub async fn next(&mut self) -> TickDone {
-        let message = tokio::time::timeout(PATIENCE, self.records.next())
+    /// The next tick.
+    pub async fn next(&mut self) -> Draw {
+        let message = tokio::time::timeout(PATIENCE, self.draws.next())
             .await
             .expect("no tick for a long time")
             .expect("the connection was closed");
-        let done = TickDone::decode(&message.payload).unwrap();
-        self.seen.push(done.clone());
-        done
+        let draw = Draw::decode(&message.payload).unwrap();
+        self.seen.push(draw.clone());
+        draw
     }
 
-    /// The next `count` records.
-    pub async fn take(&mut self, count: usize) -> Vec<TickDone> {
+    /// The next `count` ticks.
+    pub async fn take(&mut self, count: usize) -> Vec<Draw> {
         let mut taken = Vec::with_capacity(count);
         while taken.len() < count {
             taken.push(self.next().await);
@@ -43,49 +45,123 @@ impl Ticks {
         taken
     }
 
-    /// Reads on until there is a record for which `condition` holds.
-    pub async fn until(&mut self, condition: impl Fn(&TickDone) -> bool) -> TickDone {
+    /// Reads on until there is a tick for which `condition` holds.
+    pub async fn until(&mut self, condition: impl Fn(&Draw) -> bool) -> Draw {
         let deadline = tokio::time::Instant::now() + PATIENCE;
         loop {
             assert!(tokio::time::Instant::now() < deadline, "no such tick");
-            let done = self.next().await;
-            if condition(&done) {
-                return done;
+            let draw = self.next().await;
+            if condition(&draw) {
+                return draw;
             }
         }
     }
 
     /// Everything that came by now, after the ticking has stopped.
-    pub async fn all_so_far(&mut self) -> &[TickDone] {
+    pub async fn all_so_far(&mut self) -> &[Draw] {
         let quiet = Duration::from_millis(300);
-        while let Ok(Some(message)) = tokio::time::timeout(quiet, self.records.next()).await {
-            self.seen.push(TickDone::decode(&message.payload).unwrap());
+        while let Ok(Some(message)) = tokio::time::timeout(quiet, self.draws.next()).await {
+            self.seen.push(Draw::decode(&message.payload).unwrap());
         }
         &self.seen
     }
 
     /// Everything seen so far.
     #[must_use]
-    pub fn seen(&self) -> &[TickDone] {
+    pub fn seen(&self) -> &[Draw] {
         &self.seen
     }
+}
 
-    /// The slots between the first and the last one seen that were not ticked exactly once, and
-    /// how often each of them was.
-    #[must_use]
-    pub fn irregular(&self) -> BTreeMap<Slot, usize> {
-        let mut counts = BTreeMap::<Slot, usize>::new();
-        for done in &self.seen {
-            *counts.entry(done.slot).or_default() += 1;
+/// What both streams have, by slot.
+#[derive(Debug)]
+pub struct Audit {
+    /// The draw of each slot.
+    pub draws: BTreeMap<Slot, Stored<Draw>>,
+    /// The numbers in the history, from the first of these draws on.
+    pub numbers: BTreeMap<Slot, Stored<Product>>,
+}
+
+/// A message of a stream.
+#[derive(Clone, Debug)]
+pub struct Stored<T> {
+    /// Its place in the stream.
+    pub sequence: u64,
+    /// When it was stored, since the Unix epoch.
+    pub at: Duration,
+    /// What it says.
+    pub value: T,
+}
+
+impl Audit {
+    /// Reads both streams, once every draw whose product is due has it in the history.
+    ///
+    /// # Panics
+    /// If a product that is due does not get there, a slot has two draws or two numbers, or a number
+    /// that is not the product of its draw.
+    pub async fn of(client: &Client) -> Self {
+        let mut audit = Self { draws: BTreeMap::new(), numbers: BTreeMap::new() };
+        eventually("every product that is due is in the history", async || {
+            // In this order a number that comes meanwhile has its draw.
+            audit.numbers = by_slot(client, NUMBERS).await;
+            audit.draws = by_slot(client, TICKS).await;
+            let due = audit.draws.iter().filter(|(_, draw)| draw.value.due().is_some());
+            due.map(|(slot, _)| slot).all(|slot| audit.numbers.contains_key(slot))
+        })
+        .await;
+        let first = audit.draws.first_key_value().map(|(slot, _)| *slot);
+        audit.numbers.retain(|slot, _| Some(*slot) >= first);
+        for (slot, draw) in &audit.draws {
+            assert_eq!(draw.value.slot, *slot);
         }
-        let (Some((&first, _)), Some((&last, _))) =
-            (counts.first_key_value(), counts.last_key_value())
-        else {
-            return BTreeMap::new();
-        };
-        (first.0..=last.0)
-            .map(|slot| (Slot(slot), counts.get(&Slot(slot)).copied().unwrap_or(0)))
-            .filter(|&(_, count)| count != 1)
-            .collect()
+        for (slot, number) in &audit.numbers {
+            let draw = audit.draws.get(slot).unwrap_or_else(|| panic!("slot {slot} has no draw"));
+            assert_eq!(draw.value.due(), Some(number.value), "slot {slot}");
+        }
+        audit
+    }
+
+    /// The slots between the first and the last one that have no draw.
+    #[must_use]
+    pub fn missed(&self) -> Vec<Slot> {
+        let (first, last) = (self.draws.first_key_value(), self.draws.last_key_value());
+        let (Some((first, _)), Some((last, _))) = (first, last) else { return Vec::new() };
+        (first.0..last.0).map(Slot).filter(|slot| !self.draws.contains_key(slot)).collect()
+    }
+
+    /// The slots whose draw has no product, because generators did not answer.
+    #[must_use]
+    pub fn without_numbers(&self) -> Vec<Slot> {
+        let without = self.draws.iter().filter(|(_, draw)| draw.value.product().is_none());
+        without.map(|(slot, _)| *slot).collect()
+    }
+}
+
+async fn by_slot<T: Message>(client: &Client, stream: &'static str) -> BTreeMap<Slot, Stored<T>> {
+    let mut messages = BTreeMap::new();
+    for entry in all(client, stream).await {
+        let value = T::decode(&entry.payload).unwrap();
+        let stored = Stored { sequence: entry.sequence, at: entry.since_epoch(), value };
+        assert!(messages.insert(slot(&entry), stored).is_none(), "{} is there twice", slot(&entry));
+    }
+    messages
+}
+
+/// The message id of an entry.
+#[must_use]
+pub fn slot(entry: &Entry) -> Slot {
+    entry.message_id.as_deref().unwrap().parse().unwrap()
+}
+
+/// All messages of a stream.
+pub async fn all(client: &Client, stream: &'static str) -> Vec<Entry> {
+    let mut entries = Vec::<Entry>::new();
+    loop {
+        let next = entries.last().map_or(0, |last| last.sequence) + 1;
+        let mut more = history::read(client, stream, next, MAX_BATCH).await.unwrap();
+        if more.is_empty() {
+            return entries;
+        }
+        entries.append(&mut more);
     }
 }

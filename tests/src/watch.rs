@@ -1,19 +1,21 @@
 //! What people and programs outside see of a cluster while something happens to it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use async_nats::Client;
-use contract::streams::NUMBERS;
-use contract::{Outcome, Slot, SlotLength, TickDone};
-use runtime::history;
+use async_nats::{Client, Subscriber};
+use contract::streams::TICKS;
+use contract::{Slot, SlotLength, subjects};
+use futures::{FutureExt, StreamExt};
+use runtime::history::{self, Entry};
 use serde_json::Value;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::Ticks;
+use crate::Audit;
 use crate::cluster::{self, BROKERS, HTTP};
 use crate::http::{Answer, Lines, try_get};
+use crate::ticks::slot;
 
 /// Reads `/numbers` again and again, each time over a connection of its own.
 pub struct Poll {
@@ -125,73 +127,79 @@ async fn follow(stop: CancellationToken) -> Vec<u64> {
     sequences
 }
 
-/// `ticks.done`, heard at every broker by somebody without a key, so that one that dies loses none.
+/// `numbers.published`, heard at every broker by somebody without a key, and what the streams store
+/// meanwhile.
 pub struct Watch {
     from: Slot,
-    watchers: Vec<Ticks>,
+    heard: Vec<Subscriber>,
 }
 
-/// What was ticked in a time.
+/// What was stored in a time.
 #[derive(Debug)]
 pub struct Watched {
-    /// Slots without a tick.
+    /// Slots without a draw.
     pub missed: Vec<Slot>,
-    /// Slots with more than one.
-    pub doubled: Vec<Slot>,
-    /// The longest time from one tick to the next.
+    /// Slots whose draw has no product.
+    pub without_numbers: Vec<Slot>,
+    /// The longest time from one stored draw to the next.
     pub tick_gap: Duration,
     /// The longest time from the beginning of a slot until its product was stored.
     pub publish_delay: Duration,
     /// How many products were stored in a slot later than their own.
     pub late: usize,
+    /// How many numbers somebody heard twice.
+    pub heard_twice: usize,
 }
 
 impl Watch {
     /// Starts with the next slot.
     pub async fn start() -> Self {
-        let mut watchers = Vec::new();
+        let mut heard = Vec::new();
         for broker in BROKERS {
             let address = format!("{}:4222", cluster::ip(&cluster::container(broker)));
-            watchers.push(Ticks::watch(&async_nats::connect(address).await.unwrap()).await);
+            let client = async_nats::connect(address).await.unwrap();
+            heard.push(client.subscribe(subjects::PUBLISHED).await.unwrap());
+            client.flush().await.unwrap();
         }
-        Self { from: now().next(), watchers }
+        Self { from: now().next(), heard }
     }
 
     /// Stops with the slot before this one.
     ///
     /// # Panics
-    /// If something that was acknowledged is not in the history.
-    pub async fn stop(mut self, operator: &Client) -> Watched {
+    /// If a draw above the threshold is not in the history.
+    pub async fn stop(self, operator: &Client) -> Watched {
         let until = now();
-        let mut records = BTreeMap::<Slot, Vec<TickDone>>::new();
-        for watcher in &mut self.watchers {
-            for done in watcher.all_so_far().await {
-                let same_slot = records.entry(done.slot).or_default();
-                if !same_slot.contains(done) {
-                    same_slot.push(done.clone());
-                }
+        // There may still be an election.
+        cluster::in_time("slots are drawn up to now", async || {
+            let last = history::last(operator, TICKS).await;
+            last.is_ok_and(|last| last.is_some_and(|last| slot(&last) >= until))
+        })
+        .await;
+        let audit = Audit::of(operator).await;
+        let slots = (self.from.0..until.0).map(Slot);
+        let draws: Vec<_> = audit.draws.range(self.from..until).map(|(_, draw)| draw.at).collect();
+        let gaps = draws.windows(2).map(|pair| pair[1].saturating_sub(pair[0]));
+        let length = SlotLength::DEFAULT;
+        let delays = audit.numbers.range(self.from..until);
+        let delays = delays.map(|(slot, number)| number.at.saturating_sub(length.start_of(*slot)));
+        let delays: Vec<_> = delays.collect();
+        let mut heard_twice = 0;
+        for mut heard in self.heard {
+            let mut sequences = BTreeSet::new();
+            while let Some(Some(message)) = heard.next().now_or_never() {
+                let sequence = Entry::try_from(message).unwrap().sequence;
+                heard_twice += usize::from(!sequences.insert(sequence));
             }
         }
-        let slots = (self.from.0..until.0).map(Slot);
-        let count = |slot: &Slot| records.get(slot).map_or(0, Vec::len);
-        let ticked: Vec<_> = slots.clone().filter(|slot| count(slot) > 0).collect();
-        let gap = ticked.windows(2).map(|pair| pair[1].0 - pair[0].0).max().unwrap_or(0);
-        let (mut publish_delay, mut late) = (Duration::ZERO, 0);
-        let stored = stored_since(operator, self.from).await;
-        for (slot, delay) in &stored {
-            publish_delay = publish_delay.max(*delay);
-            late += usize::from(*delay > SlotLength::DEFAULT.duration() && *slot < until);
-        }
-        for done in records.range(self.from..).flat_map(|(_, done)| done) {
-            let acked = matches!(done.outcome, Outcome::Published);
-            assert!(!acked || stored.contains_key(&done.slot), "lost: {done:?}");
-        }
+        let without_numbers = audit.without_numbers();
         Watched {
-            missed: slots.clone().filter(|slot| count(slot) == 0).collect(),
-            doubled: slots.filter(|slot| count(slot) > 1).collect(),
-            tick_gap: SlotLength::DEFAULT.duration() * u32::try_from(gap).unwrap(),
-            publish_delay,
-            late,
+            missed: slots.filter(|slot| !audit.draws.contains_key(slot)).collect(),
+            without_numbers: without_numbers.into_iter().filter(|s| *s >= self.from).collect(),
+            tick_gap: gaps.max().unwrap_or_default(),
+            publish_delay: delays.iter().copied().max().unwrap_or_default(),
+            late: delays.iter().filter(|delay| **delay > length.duration()).count(),
+            heard_twice,
         }
     }
 }
@@ -200,48 +208,6 @@ impl Watch {
 #[must_use]
 pub fn now() -> Slot {
     SlotLength::DEFAULT.slot_at(SystemTime::now().duration_since(UNIX_EPOCH).unwrap())
-}
-
-/// Waits for the middle of a slot, when its tick is done and the next one not begun: what a fault
-/// takes with it is then what the design says, and not the tick that is just being done.
-pub async fn between_ticks() {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    let middle = SlotLength::DEFAULT.start_of(now().next()) + SlotLength::DEFAULT.duration() / 2;
-    tokio::time::sleep(middle - since).await;
-}
-
-/// The slots that are in the history from this one on, and how long after its beginning each was
-/// stored.
-async fn stored_since(operator: &Client, from: Slot) -> BTreeMap<Slot, Duration> {
-    let mut last = 0;
-    // There may still be an election.
-    cluster::in_time("the history has a leader", async || {
-        let info = cluster::stream_info(operator, NUMBERS).await;
-        last = info.map_or(0, |info| info.state.last_sequence);
-        last > 0
-    })
-    .await;
-    // A window is a few minutes; what was stored before is left out below.
-    let mut next = last.saturating_sub(2000).max(1);
-    let mut stored = BTreeMap::new();
-    while next <= last {
-        let entries = history::read(operator, NUMBERS, next, history::MAX_BATCH).await.unwrap();
-        for entry in &entries {
-            assert!(entry.sequence == next, "sequence {next} is missing");
-            next += 1;
-            let slot: Slot = entry.message_id.as_deref().unwrap().parse().unwrap();
-            let begun = SlotLength::DEFAULT.start_of(slot);
-            let at =
-                Duration::from_nanos(u64::try_from(entry.time.unix_timestamp_nanos()).unwrap());
-            if slot >= from {
-                assert!(
-                    stored.insert(slot, at.saturating_sub(begun)).is_none(),
-                    "{slot} is there twice"
-                );
-            }
-        }
-    }
-    stored
 }
 
 /// Whether these are all the numbers from the first to the last, each once.

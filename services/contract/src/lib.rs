@@ -9,7 +9,7 @@ pub mod slot;
 pub mod streams;
 pub mod subjects;
 
-pub use messages::{Claim, DecodeError, Message, Outcome, Parity, Product, TickDone};
+pub use messages::{DecodeError, Draw, Message, Outcome, Parity, Product};
 pub use slot::{Slot, SlotLength};
 
 /// A product is published when it is greater than this.

@@ -123,7 +123,8 @@ impl fmt::Display for Parity {
     }
 }
 
-/// An even and an odd number and their product: the message on `numbers.published`.
+/// An even and an odd number and their product: the message on `numbers.publish`, and so on
+/// `numbers.published`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "ProductFields", into = "ProductFields")]
 pub struct Product {
@@ -200,61 +201,114 @@ impl TryFrom<ProductFields> for Product {
     }
 }
 
-/// Who wants a slot: the body of a claim on `ticks.claim` and of a bid on `ticks.taking`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Claim {
-    /// The slot that is wanted.
-    pub slot: Slot,
-    /// The service id of the multiplier that wants it.
-    pub multiplier: String,
-    /// On `ticks.taking`: the stream has given it the slot already.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub granted: bool,
-}
-
-impl Message for Claim {}
-
-/// What came of a tick.
+/// What came of a draw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// The product is in the history.
-    Published,
-    /// The product is due and waits in the outbox: the history did not acknowledge it yet.
-    Pending,
-    /// The history holds a product for this slot already, and keeps that one.
-    Duplicate,
+    /// The product is greater than the threshold: it belongs in the history.
+    AboveThreshold,
     /// The product is not greater than the threshold.
     BelowThreshold,
     /// No generator gave an even number in time.
     NoEven,
     /// No generator gave an odd number in time.
     NoOdd,
-    /// Neither number was there in time.
+    /// Neither number came in time.
     NoNumbers,
-    /// A later version's outcome.
-    #[serde(other)]
-    Unknown,
 }
 
-/// The record of one tick, on `ticks.done`.
+/// What one multiplier drew for a slot. The first draw of a slot that the stream
+/// [`TICKS`](crate::streams::TICKS) stores is the tick.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TickDone {
-    /// The slot that was ticked.
+#[serde(try_from = "DrawFields", into = "DrawFields")]
+pub struct Draw {
+    /// The slot, which is also the message id.
     pub slot: Slot,
-    /// The service id of the multiplier that did it.
+    /// The service id of the multiplier.
     pub multiplier: String,
     /// The even number, if one came.
     pub even: Option<u16>,
     /// The odd number, if one came.
     pub odd: Option<u16>,
-    /// Their product, if both came.
-    pub product: Option<u32>,
-    /// What came of it.
-    pub outcome: Outcome,
 }
 
-impl Message for TickDone {}
+/// How a [`Draw`] is written. The order of the fields is that of the payload.
+#[derive(PartialEq, Serialize, Deserialize)]
+struct DrawFields {
+    slot: Slot,
+    multiplier: String,
+    even: Option<u16>,
+    odd: Option<u16>,
+    product: Option<u32>,
+    outcome: Outcome,
+}
+
+impl Draw {
+    /// The product, if both numbers came.
+    #[must_use]
+    pub fn product(&self) -> Option<Product> {
+        Product::new(self.even?.into(), self.odd?.into()).ok()
+    }
+
+    /// The product, if it is to be published.
+    #[must_use]
+    pub fn due(&self) -> Option<Product> {
+        self.product().filter(|product| product.is_above_threshold())
+    }
+
+    /// What came of it.
+    #[must_use]
+    pub fn outcome(&self) -> Outcome {
+        match (self.even, self.odd) {
+            (Some(_), Some(_)) if self.due().is_some() => Outcome::AboveThreshold,
+            (Some(_), Some(_)) => Outcome::BelowThreshold,
+            (Some(_), None) => Outcome::NoOdd,
+            (None, Some(_)) => Outcome::NoEven,
+            (None, None) => Outcome::NoNumbers,
+        }
+    }
+}
+
+impl Message for Draw {}
+
+impl From<Draw> for DrawFields {
+    fn from(draw: Draw) -> Self {
+        Self {
+            product: draw.product().map(Product::number),
+            outcome: draw.outcome(),
+            slot: draw.slot,
+            multiplier: draw.multiplier,
+            even: draw.even,
+            odd: draw.odd,
+        }
+    }
+}
+
+impl TryFrom<DrawFields> for Draw {
+    type Error = String;
+
+    fn try_from(fields: DrawFields) -> Result<Self, Self::Error> {
+        for (parity, number) in [(Parity::Even, fields.even), (Parity::Odd, fields.odd)] {
+            number
+                .map(|number| parity.check(number.into()))
+                .transpose()
+                .map_err(|e| e.to_string())?;
+        }
+        let DrawFields { product, outcome, .. } = fields;
+        let draw = Self {
+            slot: fields.slot,
+            multiplier: fields.multiplier,
+            even: fields.even,
+            odd: fields.odd,
+        };
+        let right = (draw.product().map(Product::number), draw.outcome());
+        if (product, outcome) == right {
+            Ok(draw)
+        } else {
+            Err(format!("product and outcome are {:?}, not {right:?}", (product, outcome)))
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -280,6 +334,28 @@ mod tests {
         }
 
         #[test]
+        fn a_draw_survives_the_wire_and_decodes_only_when_it_is_true(
+            slot: u64, even in proptest::option::of(0..=500u16), odd in proptest::option::of(0..500u16),
+        ) {
+            let (even, odd) = (even.map(|n| 2 * n), odd.map(|n| 2 * n + 1));
+            let draw = Draw { slot: Slot(slot), multiplier: "m".to_owned(), even, odd };
+            let payload = draw.encode();
+            prop_assert_eq!(&Draw::decode(&payload).unwrap(), &draw);
+            let fields: serde_json::Value = serde_json::from_slice(&payload).unwrap();
+            for (field, lie) in [
+                ("even", serde_json::json!(7)),
+                ("odd", 8.into()),
+                ("product", 100_002.into()),
+                ("outcome", if even.is_none() { "no_odd" } else { "no_even" }.into()),
+            ] {
+                let mut lying = fields.clone();
+                lying[field] = lie;
+                let lying = Draw::decode(lying.to_string().as_bytes());
+                prop_assert!(lying.is_err() || field == "product" && draw == lying.unwrap());
+            }
+        }
+
+        #[test]
         fn a_reply_decodes_for_its_parity_alone(number: u64) {
             for number in [number, number % 1100] {
                 let payload = format!(r#"{{"number":{number}}}"#);
@@ -293,8 +369,7 @@ mod tests {
         #[test]
         fn noise_is_an_error_and_never_a_panic(noise: Vec<u8>) {
             let _ = Product::decode(&noise);
-            let _ = Claim::decode(&noise);
-            let _ = TickDone::decode(&noise);
+            let _ = Draw::decode(&noise);
             let _ = Parity::Even.decode_reply(&noise);
         }
     }
@@ -304,6 +379,10 @@ mod tests {
         let product = Product::new(846, 511).unwrap();
         assert_eq!(product.encode(), br#"{"number":432306,"even":846,"odd":511}"#);
         assert_eq!(Parity::encode_reply(846), br#"{"number":846}"#);
+        let draw =
+            Draw { slot: Slot(7), multiplier: "m".to_owned(), even: Some(846), odd: Some(511) };
+        let written = br#"{"slot":7,"multiplier":"m","even":846,"odd":511,"product":432306,"outcome":"above_threshold"}"#;
+        assert_eq!(draw.encode(), written);
     }
 
     #[test]
@@ -329,20 +408,18 @@ mod tests {
         assert_eq!((product.even(), product.odd()), (846, 511));
         let reply = include_bytes!("../payloads/v1/reply.json");
         assert_eq!(Parity::Even.decode_reply(reply).unwrap(), 846);
-        let claim = Claim::decode(include_bytes!("../payloads/v1/claim.json")).unwrap();
-        assert_eq!((claim.slot, claim.granted), (Slot(3_590_000_000), false));
-        let done = TickDone::decode(include_bytes!("../payloads/v1/done.json")).unwrap();
-        assert_eq!(done.outcome, Outcome::Published);
-        assert_eq!(done.product, Some(432_306));
-        let none = TickDone::decode(include_bytes!("../payloads/v1/done-no-odd.json")).unwrap();
-        assert_eq!((none.outcome, none.product), (Outcome::NoOdd, None));
+        let draw = Draw::decode(include_bytes!("../payloads/v1/draw.json")).unwrap();
+        assert_eq!((draw.slot, draw.outcome()), (Slot(3_590_000_000), Outcome::AboveThreshold));
+        assert_eq!(draw.due().map(Product::number), Some(432_306));
+        let none = Draw::decode(include_bytes!("../payloads/v1/draw-no-odd.json")).unwrap();
+        assert_eq!((none.outcome(), none.product()), (Outcome::NoOdd, None));
     }
 
     #[test]
     fn a_newer_peer_may_say_more() {
         let more = br#"{"number":6,"even":2,"odd":3,"colour":"red"}"#;
         assert!(Product::decode(more).is_ok());
-        let outcome = br#"{"slot":1,"multiplier":"a","outcome":"brand_new"}"#;
-        assert_eq!(TickDone::decode(outcome).unwrap().outcome, Outcome::Unknown);
+        let more = br#"{"slot":1,"multiplier":"a","outcome":"no_numbers","colour":"red"}"#;
+        assert!(Draw::decode(more).is_ok());
     }
 }

@@ -1,61 +1,63 @@
-//! The two streams and what each must be like. `evenodd provision` makes them; nothing else does.
+//! The two streams and their settings. `evenodd provision` creates them; nothing else does.
 
 use std::time::Duration;
 
 use async_nats::jetstream::stream::{
-    Compression, Config, DiscardPolicy, RetentionPolicy, StorageType,
+    Compression, Config, DiscardPolicy, Republish, RetentionPolicy, StorageType,
 };
 
 use crate::subjects;
 
 /// The history: every published number, for good.
 pub const NUMBERS: &str = "NUMBERS";
-/// The claims: its duplicate detection gives each slot to one multiplier.
+/// The draws of the last [`TICKS_AGE`]: the first one of each slot.
 pub const TICKS: &str = "TICKS";
 
-/// For how long a message id is remembered. A publication that was not acknowledged may be
+/// For how long a stream remembers a message id. A publication that was not acknowledged may be
 /// retried for this long and is still stored at most once.
 pub const DUPLICATE_WINDOW: Duration = Duration::from_mins(10);
+/// For how long a draw is kept: longer than anybody may still read it to settle its slot.
+pub const TICKS_AGE: Duration = Duration::from_mins(20);
 
 /// The configuration of [`NUMBERS`].
 ///
 /// No limit on its size: `discard: new` turns a full disk into refused publications, which are
-/// retried, instead of lost history. No compression: docs/adr/0011-no-compression.md.
+/// retried, instead of lost history.
 #[must_use]
 pub fn numbers(replicas: usize) -> Config {
     Config {
-        name: NUMBERS.into(),
         description: Some("Every published number, for good".into()),
-        subjects: vec![subjects::PUBLISHED.into()],
-        compression: Some(Compression::None),
         discard: DiscardPolicy::New,
         deny_delete: true,
         deny_purge: true,
-        ..unlimited(replicas)
+        ..stream(NUMBERS, subjects::PUBLISH, subjects::PUBLISHED, replicas)
     }
 }
 
 /// The configuration of [`TICKS`].
-///
-/// It keeps the latest claim alone: what matters is the memory of message ids. On file, because a
-/// single server forgets a stream in memory, configuration and all, when it is restarted.
 #[must_use]
 pub fn ticks(replicas: usize) -> Config {
     Config {
-        name: TICKS.into(),
-        description: Some("Claims of slots; only their deduplication matters".into()),
-        subjects: vec![subjects::CLAIM.into()],
-        compression: Some(Compression::None),
+        description: Some("The first draw of each slot, for 20 minutes".into()),
         discard: DiscardPolicy::Old,
-        max_messages: 1,
-        ..unlimited(replicas)
+        max_age: TICKS_AGE,
+        ..stream(TICKS, subjects::DRAW, subjects::DONE, replicas)
     }
 }
 
-/// What both have in common, with the values that the server itself writes for "no limit".
-fn unlimited(replicas: usize) -> Config {
+/// What both have in common: synced files, no compression (docs/adr/0011-no-compression.md), and
+/// the values that the server itself writes for "no limit".
+fn stream(name: &str, subject: &str, republished: &str, replicas: usize) -> Config {
     Config {
+        name: name.into(),
+        subjects: vec![subject.into()],
+        republish: Some(Republish {
+            source: subject.into(),
+            destination: republished.into(),
+            headers_only: false,
+        }),
         storage: StorageType::File,
+        compression: Some(Compression::None),
         retention: RetentionPolicy::Limits,
         max_messages: -1,
         max_bytes: -1,

@@ -4,17 +4,20 @@
 pub const EVEN: &str = "numbers.even";
 /// Requests for a random odd number.
 pub const ODD: &str = "numbers.odd";
-/// The published numbers, live for anybody and kept in the stream [`NUMBERS`](crate::streams::NUMBERS).
-pub const PUBLISHED: &str = "numbers.published";
-/// Claims of slots, deduplicated by the stream [`TICKS`](crate::streams::TICKS).
-pub const CLAIM: &str = "ticks.claim";
-/// Bids for a slot while `JetStream` does not answer; never stored.
-pub const TAKING: &str = "ticks.taking";
-/// One record for every tick, whatever came of it; never stored.
+/// Multipliers publish draws here; the stream [`TICKS`](crate::streams::TICKS) keeps the first one
+/// of each slot.
+pub const DRAW: &str = "ticks.draw";
+/// The server republishes here what [`TICKS`](crate::streams::TICKS) has stored: one draw a slot.
 pub const DONE: &str = "ticks.done";
+/// Multipliers publish products here; the stream [`NUMBERS`](crate::streams::NUMBERS) keeps one for
+/// each slot.
+pub const PUBLISH: &str = "numbers.publish";
+/// The server republishes here what [`NUMBERS`](crate::streams::NUMBERS) has stored: this is what
+/// everybody subscribes to.
+pub const PUBLISHED: &str = "numbers.published";
 
-/// Whether a subject is one of these, or may become one. Whoever asks a service names the subject
-/// of the answer: to these no answer is sent, or it would be stored, or taken for a bid.
+/// Whether a subject is one of these, or may become one. The sender of a request names the subject
+/// of the reply, so a service that replied to one of these could be made to write into a stream.
 #[must_use]
 pub fn is_ours(subject: &str) -> bool {
     subject.starts_with("numbers.") || subject.starts_with("ticks.")

@@ -14,7 +14,7 @@ use clap::Args;
 use contract::streams;
 use runtime::connection;
 use runtime::settings::{NatsSettings, milliseconds};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::USER;
@@ -146,7 +146,9 @@ async fn provision_stream(context: &Context, wanted: &Config) -> anyhow::Result<
     // More replicas than asked for are no fault.
     let wanted =
         &Config { num_replicas: wanted.num_replicas.max(has.num_replicas), ..wanted.clone() };
-    let (applied, refused) = differences(&has, wanted)?.into_iter().partition(loses_nothing);
+    let (applied, refused) = differences(&has, wanted)?
+        .into_iter()
+        .partition(|change| loses_nothing(&wanted.name, change));
     outcome.applied = applied;
     outcome.refused = refused;
     if outcome.refused.is_empty() && !outcome.applied.is_empty() {
@@ -206,16 +208,23 @@ fn differences(has: &Config, wanted: &Config) -> anyhow::Result<Vec<Difference>>
         .collect())
 }
 
+/// The subjects of the streams before the server republished what they store. What is stored is not
+/// touched when they change.
+const FORMER_SUBJECTS: [&str; 2] = ["numbers.published", "ticks.claim"];
+
 /// Whether a change can be made without any risk for what is stored.
-fn loses_nothing(change: &Difference) -> bool {
+fn loses_nothing(stream: &str, change: &Difference) -> bool {
     match change.setting.as_str() {
-        "description" | "allow_direct" | "deny_delete" | "deny_purge" | "compression" => true,
+        "description" | "allow_direct" | "deny_delete" | "deny_purge" | "compression"
+        | "republish" => true,
+        "subjects" => FORMER_SUBJECTS.iter().any(|former| change.has == json!([former])),
         "num_replicas" | "duplicate_window" => change.wanted.as_u64() > change.has.as_u64(),
         // A limit may be taken away. Setting one, or another one, throws messages away.
         "max_msgs" | "max_bytes" | "max_msgs_per_subject" | "max_msg_size" => {
             change.wanted.as_i64() == Some(-1)
         }
-        "max_age" => change.wanted.as_u64() == Some(0),
+        // Draws are no history.
+        "max_age" => change.wanted.as_u64() == Some(0) || stream == streams::TICKS,
         "discard" => change.wanted == "new",
         _ => false,
     }
@@ -231,7 +240,7 @@ mod tests {
         change(&mut has);
         let differences = differences(&has, &wanted).unwrap();
         assert!(!differences.is_empty(), "nothing differs");
-        !differences.iter().all(loses_nothing)
+        !differences.iter().all(|change| loses_nothing(streams::NUMBERS, change))
     }
 
     #[test]
@@ -247,6 +256,8 @@ mod tests {
         assert!(!refused(|has| has.max_messages = 1000));
         assert!(!refused(|has| has.max_age = Duration::from_secs(60)));
         assert!(!refused(|has| has.deny_purge = false));
+        assert!(!refused(|has| has.republish = None));
+        assert!(!refused(|has| has.subjects = vec!["numbers.published".into()]));
     }
 
     #[test]
@@ -263,6 +274,7 @@ mod tests {
         let mut wanted = streams::numbers(1);
         wanted.max_messages = 1;
         let differences = differences(&streams::numbers(1), &wanted).unwrap();
-        assert!(!differences.iter().any(loses_nothing), "{differences:?}");
+        let applied = differences.iter().any(|change| loses_nothing(streams::NUMBERS, change));
+        assert!(!applied, "{differences:?}");
     }
 }

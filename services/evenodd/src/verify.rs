@@ -1,4 +1,6 @@
-//! `evenodd verify`: reads the whole history and checks every message.
+//! `evenodd verify`: reads the whole history and the latest draws, and checks every message.
+
+mod draws;
 
 use std::collections::{HashSet, VecDeque};
 use std::io::Write;
@@ -6,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use contract::streams::{DUPLICATE_WINDOW, NUMBERS};
+use contract::streams::{DUPLICATE_WINDOW, NUMBERS, TICKS};
 use contract::{Message, Product, Slot, SlotLength, odds};
 use indicatif::{ProgressBar, ProgressStyle};
 use runtime::connection;
@@ -17,8 +19,9 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::USER;
+use draws::Draws;
 
-/// Read the whole history and check every message
+/// Read the whole history and check every message, and the draws of the last 20 minutes
 ///
 /// Exit status 0: no fault. Exit status 1: faults, each printed with its sequence.
 #[derive(Args, Clone, Debug)]
@@ -39,9 +42,13 @@ pub struct Verify {
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The next messages. A replica that is behind has none for a moment, and is asked again.
-async fn read(client: &async_nats::Client, from: u64) -> Result<Vec<Entry>, ReadError> {
+async fn read(
+    client: &async_nats::Client,
+    stream: &'static str,
+    from: u64,
+) -> Result<Vec<Entry>, ReadError> {
     for _ in 0..10 {
-        let entries = history::read(client, NUMBERS, from, MAX_BATCH).await?;
+        let entries = history::read(client, stream, from, MAX_BATCH).await?;
         if !entries.is_empty() {
             return Ok(entries);
         }
@@ -57,31 +64,41 @@ impl Verify {
             connection::wait_until_connected(&client, PATIENCE).await,
             "NATS is not reachable; give its address with --nats"
         );
-        let last = jetstream::info(&client, NUMBERS, PATIENCE).await?.state.last_sequence;
+        let mut check = Check::new(self.slot_ms, self.max_faults);
+        // First the draws: then the history has what they say, or is about to have it.
+        let ticks = jetstream::info(&client, TICKS, PATIENCE).await?.state;
+        let mut next = ticks.first_sequence;
+        while next <= ticks.last_sequence {
+            let entries = read(&client, TICKS, next).await?;
+            entries.iter().for_each(|entry| check.draw(entry));
+            next = entries.last().map_or(ticks.last_sequence, |last| last.sequence) + 1;
+        }
 
+        let last = jetstream::info(&client, NUMBERS, PATIENCE).await?.state.last_sequence;
         let progress = ProgressBar::new(last);
         progress.set_style(ProgressStyle::with_template(
             "{wide_bar} {pos}/{len} messages, {per_sec}, {eta} left",
         )?);
-        let mut check = Check::new(self.slot_ms);
-        let mut shown = 0;
-        while check.next_sequence <= last {
-            let entries = read(&client, check.next_sequence).await?;
+        loop {
+            for fault in check.faults.drain(..) {
+                progress.suspend(|| writeln!(std::io::stdout(), "{fault}"))?;
+            }
+            if check.next_sequence > last {
+                break;
+            }
+            let entries = read(&client, NUMBERS, check.next_sequence).await?;
             if entries.is_empty() {
                 check.hole(last + 1);
             }
-            for entry in entries.iter().filter(|entry| entry.sequence <= last) {
-                check.message(entry);
-            }
-            let limit = self.max_faults.saturating_sub(shown);
-            for fault in check.faults.drain(..).take(limit) {
-                shown += 1;
-                progress.suspend(|| writeln!(std::io::stdout(), "{fault}"))?;
-            }
+            entries.iter().filter(|entry| entry.sequence <= last).for_each(|e| check.message(e));
             progress.set_position(check.next_sequence - 1);
         }
         progress.finish_and_clear();
-        writeln!(std::io::stdout(), "{}", check.summary())?;
+        check.end(OffsetDateTime::now_utc());
+        let summary = check.summary();
+        for line in check.faults.drain(..).chain([summary]) {
+            writeln!(std::io::stdout(), "{line}")?;
+        }
         Ok(if check.fault_count == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
@@ -96,6 +113,7 @@ const CLOCK_SKEW: Duration = Duration::from_secs(60);
 /// The state of the check between two messages.
 struct Check {
     slot_length: SlotLength,
+    draws: Draws,
     next_sequence: u64,
     messages: u64,
     first_time: Option<OffsetDateTime>,
@@ -109,14 +127,17 @@ struct Check {
     slots: u64,
     published: u64,
     late: u64,
+    /// Those that are not printed yet.
     faults: Vec<String>,
-    fault_count: u64,
+    fault_count: usize,
+    max_faults: usize,
 }
 
 impl Check {
-    fn new(slot_length: SlotLength) -> Self {
+    fn new(slot_length: SlotLength, max_faults: usize) -> Self {
         Self {
             slot_length,
+            draws: Draws::new(slot_length),
             next_sequence: 1,
             messages: 0,
             first_time: None,
@@ -130,6 +151,7 @@ impl Check {
             late: 0,
             faults: Vec::new(),
             fault_count: 0,
+            max_faults,
         }
     }
 
@@ -140,8 +162,27 @@ impl Check {
     }
 
     fn fault(&mut self, sequence: u64, what: impl std::fmt::Display) {
+        self.note(format!("sequence {sequence}: {what}"));
+    }
+
+    fn note(&mut self, fault: String) {
         self.fault_count += 1;
-        self.faults.push(format!("sequence {sequence}: {what}"));
+        if self.fault_count <= self.max_faults {
+            self.faults.push(fault);
+        }
+    }
+
+    fn draw(&mut self, entry: &Entry) {
+        if let Err(fault) = self.draws.add(entry) {
+            self.note(fault);
+        }
+    }
+
+    /// After all messages.
+    fn end(&mut self, now: OffsetDateTime) {
+        for fault in self.draws.lost(now) {
+            self.note(fault);
+        }
     }
 
     /// The messages up to `next` are not there.
@@ -168,8 +209,13 @@ impl Check {
             );
         }
         self.last_time = Some(entry.time);
+        let slot = entry.message_id.as_deref().and_then(|id| id.parse().ok());
         match Product::decode(&entry.payload) {
-            Ok(product) if product.is_above_threshold() => {}
+            Ok(product) if product.is_above_threshold() => {
+                if let Some(Err(fault)) = slot.map(|slot| self.draws.published(slot, product)) {
+                    self.fault(entry.sequence, fault);
+                }
+            }
             Ok(product) => self.fault(
                 entry.sequence,
                 format_args!("{} is not above the threshold", product.number()),
@@ -180,9 +226,9 @@ impl Check {
                 self.fault(entry.sequence, format_args!("{error}: {payload:?}"));
             }
         }
-        match entry.message_id.as_deref().map(str::parse) {
-            Some(Ok(slot)) => self.slot(entry, slot),
-            _ => self.fault(
+        match slot {
+            Some(slot) => self.slot(entry, slot),
+            None => self.fault(
                 entry.sequence,
                 format_args!("its Nats-Msg-Id {:?} is no slot", entry.message_id),
             ),
@@ -251,12 +297,14 @@ impl Check {
              last       {}\n\
              rate       {rate:.2} % of {} slots published; expected {expected:.2} % ({above}/{pairs}), {deviations:+.1} standard deviations\n\
              late       {} (published after a newer slot, as allowed after an outage)\n\
+             {}\n\
              faults     {}",
             self.messages,
             time(self.first_time),
             time(self.last_time),
             self.slots,
             self.late,
+            self.draws,
             self.fault_count,
         )
     }
@@ -267,7 +315,7 @@ mod tests {
     use super::*;
 
     fn check(messages: &[(u64, u64, &str)]) -> Check {
-        let mut check = Check::new(SlotLength::DEFAULT);
+        let mut check = Check::new(SlotLength::DEFAULT, 1000);
         for &(sequence, slot, payload) in messages {
             check.message(&Entry {
                 sequence,

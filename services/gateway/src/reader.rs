@@ -144,7 +144,7 @@ impl Reader {
 
     /// The last 100 valid numbers of a stream that is read for the first time.
     async fn start(&self, created: OffsetDateTime) -> anyhow::Result<Snapshot> {
-        let Some(last) = history::last(&self.client, NUMBERS, subjects::PUBLISHED).await? else {
+        let Some(last) = history::last(&self.client, NUMBERS).await? else {
             return Ok(Snapshot::empty(created, 0));
         };
         let last = last.sequence;

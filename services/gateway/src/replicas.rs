@@ -8,8 +8,7 @@ use std::time::Duration;
 
 use async_nats::{Client, Subscriber};
 use bytes::Bytes;
-use contract::messages::TickDone;
-use contract::{Message, subjects};
+use contract::{Draw, Message, subjects};
 use futures::StreamExt;
 use runtime::connection;
 use serde::{Deserialize, Serialize};
@@ -65,7 +64,7 @@ pub type List = Option<(Bytes, Instant)>;
 #[derive(Serialize)]
 struct Body<'a> {
     as_of: String,
-    latest_tick: Option<&'a TickDone>,
+    latest_tick: Option<&'a Draw>,
     replicas: Vec<&'a Replica>,
 }
 
@@ -76,7 +75,7 @@ pub struct Replicas {
     answers: Subscriber,
     ticks: Subscriber,
     known: BTreeMap<(String, String), Replica>,
-    latest_tick: Option<TickDone>,
+    latest_tick: Option<Draw>,
     list: watch::Sender<List>,
 }
 
@@ -123,7 +122,7 @@ impl Replicas {
                 },
                 tick = self.ticks.next() => match tick {
                     Some(tick) => {
-                        let tick = TickDone::decode(&tick.payload).ok();
+                        let tick = Draw::decode(&tick.payload).ok();
                         self.latest_tick = tick.or(self.latest_tick.take());
                     }
                     None => anyhow::bail!("the connection to NATS was closed"),

@@ -7,10 +7,10 @@ use contract::Parity;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use runtime::connection;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tracing::{debug, warn};
 
-/// A number of this parity, or `None` if no generator gives one within the budget.
+/// A number of this parity, or `None` if no generator gives one in time.
 ///
 /// A second request goes out when the first was not answered within `hedge_after`, and so on: it
 /// most likely reaches another member of the queue group. So a generator that is frozen costs a
@@ -18,13 +18,13 @@ use tracing::{debug, warn};
 pub async fn get(
     client: &Client,
     parity: Parity,
-    budget: Duration,
+    until: Instant,
     hedge_after: Duration,
 ) -> Option<u16> {
     let mut asked = FuturesUnordered::new();
-    let mut hedge = tokio::time::interval(hedge_after);
+    let mut hedge = interval(hedge_after);
     hedge.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut deadline = std::pin::pin!(tokio::time::sleep(budget));
+    let mut deadline = std::pin::pin!(sleep_until(until));
     loop {
         tokio::select! {
             Some(answer) = asked.next(), if !asked.is_empty() => match answer {
@@ -36,7 +36,10 @@ pub async fn get(
                 Err(error) => debug!(subject = parity.subject(), %error, "no answer"),
             },
             _ = hedge.tick() => {
-                asked.push(client.send_request(parity.subject(), connection::request(client)));
+                // What is sent without a connection waits in the client, and comes out late.
+                if connection::is_connected(client) {
+                    asked.push(client.send_request(parity.subject(), connection::request(client)));
+                }
             }
             () = &mut deadline => return None,
         }

@@ -1,230 +1,186 @@
-//! The outbox: products that are due and not yet acknowledged, published in their order.
+//! The outbox: slots that have begun, settled one after the other.
 //!
-//! It is a bounded queue and one task. The task retries the first product until the stream has
-//! acknowledged it, or until it is so old that a retry could store it a second time; then it is
-//! logged as abandoned.
+//! To settle a slot is to draw for it, to find out whose draw the stream keeps, and to publish that
+//! draw's product if it is due. Every replica does so for every slot, and repeats what fails until
+//! it is acknowledged. So it does not matter which replica dies when (docs/adr/0001).
 
 use std::future::Future;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use contract::streams::DUPLICATE_WINDOW;
-use contract::{Outcome, Product, Slot};
+use contract::{Draw, Message, Parity, Slot, subjects};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use runtime::history::{Entry, ReadError};
 use runtime::jetstream::{Ack, PublishError};
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
-use tokio::time::Instant;
-use tracing::{error, info, warn};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
 
-/// The most products that wait. At two slots a second this is what becomes due within the
-/// duplicate window, after which they are given up anyway.
-const CAPACITY: usize = 1200;
-/// A product is given up when it is this old: safely before the stream forgets its message id.
-const MAX_AGE: Duration = DUPLICATE_WINDOW.saturating_sub(Duration::from_secs(30));
+use crate::clock::{Clock, Turn};
+
+/// The most slots that wait: at two a second what begins in ten minutes. Older ones are given up.
+pub const CAPACITY: usize = 1200;
 /// Pauses between two attempts, doubling from the first to the last.
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LAST_PAUSE: Duration = Duration::from_millis(500);
 
-/// A product that is to be published.
-#[derive(Clone, Copy, Debug)]
-pub struct Due {
-    /// The slot it belongs to, and its message id.
-    pub slot: Slot,
-    /// What to publish.
-    pub product: Product,
-    /// When its slot began, since the Unix epoch.
-    pub since: Duration,
-    /// When it became due.
-    pub pushed: Instant,
+/// What the outbox needs of the world.
+pub trait World: Send + Sync {
+    /// A number of this parity, if a generator gives one in time.
+    fn number(&self, parity: Parity, until: Instant) -> impl Future<Output = Option<u16>> + Send;
+
+    /// Publishes with the slot as the message id, once, and waits for the acknowledgement.
+    fn publish(
+        &self,
+        subject: &'static str,
+        slot: Slot,
+        payload: Vec<u8>,
+    ) -> impl Future<Output = Result<Ack, PublishError>> + Send;
+
+    /// The first stored draw with this sequence or a greater one, as far as the replica of the
+    /// stream that answers has it.
+    fn read(&self, sequence: u64) -> impl Future<Output = Result<Option<Entry>, ReadError>> + Send;
 }
 
-/// The way in. Once it is dropped, the task publishes what is left and ends.
-pub struct Outbox {
-    queue: mpsc::Sender<(Due, oneshot::Sender<Outcome>)>,
-    /// How many products are due and not settled.
-    waiting: Arc<AtomicUsize>,
+/// Why an attempt to settle a slot failed.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error("the draw at sequence {0} of TICKS cannot be read yet")]
+    NotYet(u64),
 }
 
-impl Outbox {
-    /// Starts the task. `publish` makes one attempt; `now` is the time since the Unix epoch.
-    pub fn start<F>(
-        publish: impl Fn(Due) -> F + Send + Sync + 'static,
-        now: impl Fn() -> Duration + Send + Sync + 'static,
-    ) -> (Self, JoinHandle<()>)
-    where
-        F: Future<Output = Result<Ack, PublishError>> + Send,
-    {
-        let (queue, mut waiting_products) =
-            mpsc::channel::<(Due, oneshot::Sender<Outcome>)>(CAPACITY);
-        let waiting = Arc::new(AtomicUsize::new(0));
-        let counter = waiting.clone();
-        let task = tokio::spawn(async move {
-            while let Some((due, receipt)) = waiting_products.recv().await {
-                if let Some(outcome) = settle(due, &publish, &now).await {
-                    // The tick may have stopped waiting for it.
-                    let _ = receipt.send(outcome);
-                }
-                counter.fetch_sub(1, Ordering::Relaxed);
-            }
-        });
-        (Self { queue, waiting }, task)
+/// Settles slots.
+pub struct Outbox<W> {
+    id: String,
+    clock: Clock,
+    world: W,
+    stop: CancellationToken,
+    jitter: StdRng,
+    /// Whether the last attempt failed.
+    failing: bool,
+    /// The first and the last of the slots that were given up since one was settled, and how many.
+    given_up: Option<(Slot, Slot, u64)>,
+}
+
+impl<W: World> Outbox<W> {
+    /// For the replica with this id. After `stop` it finishes what may be due, and no more. `seed`
+    /// decides the length of pauses.
+    pub fn new(id: &str, clock: Clock, world: W, stop: CancellationToken, seed: u64) -> Self {
+        let (id, jitter) = (id.to_owned(), StdRng::seed_from_u64(seed));
+        Self { id, clock, world, stop, jitter, failing: false, given_up: None }
     }
 
-    /// Puts a product at the end of the queue. The receipt resolves once it is in the history,
-    /// and fails if it was abandoned.
-    pub fn push(&self, due: Due) -> oneshot::Receiver<Outcome> {
-        let (receipt, outcome) = oneshot::channel();
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        if self.queue.try_send((due, receipt)).is_err() {
-            self.waiting.fetch_sub(1, Ordering::Relaxed);
-            abandon(due, "the outbox is full");
+    /// Settles what comes, in its order, and tells `settled` which draw the stream keeps and how
+    /// long that took.
+    pub async fn run(
+        mut self,
+        mut turns: mpsc::Receiver<Turn>,
+        settled: impl Fn(&Draw, Duration) + Send,
+    ) {
+        while let Some(turn) = turns.recv().await
+            && !self.stop.is_cancelled()
+        {
+            let begun = Instant::now();
+            match self.settle(&turn).await {
+                Some(draw) => {
+                    self.tell_given_up();
+                    debug!(?draw, "settled");
+                    settled(&draw, begun.elapsed());
+                }
+                None => {
+                    let (first, _, slots) = self.given_up.unwrap_or((turn.slot, turn.slot, 0));
+                    self.given_up = Some((first, turn.slot, slots + 1));
+                }
+            }
         }
-        outcome
+        self.tell_given_up();
     }
 
-    /// How many products are due and not settled; stays readable when the outbox is gone.
-    pub fn waiting(&self) -> Arc<AtomicUsize> {
-        self.waiting.clone()
-    }
-}
-
-/// Tries until the product is in the history (what became of it) or too old (`None`).
-async fn settle<F>(
-    due: Due,
-    publish: &impl Fn(Due) -> F,
-    now: &impl Fn() -> Duration,
-) -> Option<Outcome>
-where
-    F: Future<Output = Result<Ack, PublishError>>,
-{
-    let mut pause = FIRST_PAUSE;
-    let mut failures = 0u32;
-    // By either clock: the one of the wall may be set back, the other one does not know how long
-    // ago the slot was.
-    while now().saturating_sub(due.since) < MAX_AGE && due.pushed.elapsed() < MAX_AGE {
-        let error = match publish(due).await {
-            Ok(ack) => {
-                if failures > 0 {
-                    info!(slot = %due.slot, failures, "published after all");
-                }
-                // After a failure the duplicate is most likely this very product.
-                let duplicate = ack.duplicate && failures == 0;
-                return Some(if duplicate { Outcome::Duplicate } else { Outcome::Published });
+    /// The draw of the slot, once its product is in the history if it is due there; `None` if the
+    /// slot became too old, or if nothing is due and this replica stops.
+    async fn settle(&mut self, turn: &Turn) -> Option<Draw> {
+        let (slot, multiplier) = (turn.slot, self.id.clone());
+        let mut draw = Draw { slot, multiplier, even: None, odd: None };
+        let mut is_stored = false;
+        let mut pause = FIRST_PAUSE;
+        while !self.clock.is_too_old(turn) {
+            if self.stop.is_cancelled() && draw.due().is_none() {
+                return None;
             }
-            Err(error) => error,
+            match self.attempt(turn, &mut draw, &mut is_stored).await {
+                Ok(()) => {
+                    if std::mem::take(&mut self.failing) {
+                        info!(%slot, "slots are settled again");
+                    }
+                    return Some(draw);
+                }
+                // Both are a matter of milliseconds.
+                Err(Fault::Publish(PublishError::InProcess) | Fault::NotYet(_)) => {}
+                Err(fault) if !std::mem::replace(&mut self.failing, true) => {
+                    warn!(%slot, %fault, "not settled yet; retrying for nine and a half minutes");
+                }
+                Err(fault) => debug!(%slot, %fault, "not settled yet"),
+            }
+            sleep(pause.mul_f64(self.jitter.random_range(0.5..=1.0))).await;
+            pause = LAST_PAUSE.min(pause * 2);
+        }
+        None
+    }
+
+    /// `draw` is this replica's until the stream has stored one for the slot, and then that one.
+    async fn attempt(
+        &self,
+        turn: &Turn,
+        draw: &mut Draw,
+        is_stored: &mut bool,
+    ) -> Result<(), Fault> {
+        if !*is_stored {
+            // Without numbers it waits for generators as long as it may, and again at each attempt:
+            // it must not come before the draw of a replica that has numbers.
+            if draw.product().is_none() {
+                let until = self.clock.budget(turn);
+                let number = |parity| self.world.number(parity, until);
+                (draw.even, draw.odd) = tokio::join!(number(Parity::Even), number(Parity::Odd));
+            }
+            let ack = self.world.publish(subjects::DRAW, turn.slot, draw.encode()).await?;
+            if ack.duplicate {
+                self.read(ack.sequence, draw).await?;
+            }
+            *is_stored = true;
+        }
+        if let Some(product) = draw.due() {
+            self.world.publish(subjects::PUBLISH, turn.slot, product.encode()).await?;
+        }
+        Ok(())
+    }
+
+    /// Replaces a draw by the one that the stream has at this sequence. If that is not a valid draw
+    /// of the slot, which no multiplier writes, the slot has no numbers.
+    async fn read(&self, sequence: u64, draw: &mut Draw) -> Result<(), Fault> {
+        let entry = self.world.read(sequence).await?.ok_or(Fault::NotYet(sequence))?;
+        let slot = draw.slot;
+        let wrong = match Draw::decode(&entry.payload) {
+            _ if entry.sequence != sequence => "it was deleted".to_owned(),
+            Ok(stored) if stored.slot != slot => format!("it is of slot {}", stored.slot),
+            Ok(stored) => {
+                *draw = stored;
+                return Ok(());
+            }
+            Err(error) => error.to_string(),
         };
-        failures += 1;
-        if failures == 1 && !matches!(error, PublishError::InProcess) {
-            warn!(slot = %due.slot, number = due.product.number(), %error, "not published yet; retrying");
+        error!(%slot, sequence, "the draw that TICKS keeps cannot be used: {wrong}");
+        (draw.even, draw.odd) = (None, None);
+        Ok(())
+    }
+
+    fn tell_given_up(&mut self) {
+        if let Some((first, last, slots)) = self.given_up.take() {
+            warn!(%first, %last, slots, "gave slots up; the other replicas have settled them, if any could");
         }
-        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..=1.0))).await;
-        pause = LAST_PAUSE.min(pause * 2);
-    }
-    abandon(due, "it could not be published while a retry was safe");
-    None
-}
-
-fn abandon(due: Due, reason: &str) {
-    /// Since the process started.
-    static ABANDONED: AtomicUsize = AtomicUsize::new(0);
-    let total = ABANDONED.fetch_add(1, Ordering::Relaxed) + 1;
-    let number = due.product.number();
-    let (even, odd) = (due.product.even(), due.product.odd());
-    error!(slot = %due.slot, number, even, odd, total, "abandoned: {reason}");
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::Mutex;
-
-    fn due(slot: u64) -> Due {
-        Due {
-            slot: Slot(slot),
-            product: Product::new(846, 511).unwrap(),
-            since: Duration::ZERO,
-            pushed: Instant::now(),
-        }
-    }
-
-    const STORED: Ack = Ack { sequence: 1, duplicate: false };
-    const DUPLICATE: Ack = Ack { sequence: 1, duplicate: true };
-
-    type Attempts = Arc<Mutex<Vec<(u64, Duration)>>>;
-
-    /// An outbox whose attempts get their result from `answer`, and what was attempted when.
-    fn outbox(
-        mut answer: impl FnMut(Slot) -> Result<Ack, PublishError> + Send + 'static,
-    ) -> (Outbox, JoinHandle<()>, Attempts) {
-        let begun = Instant::now();
-        let attempts = Arc::new(Mutex::new(Vec::new()));
-        let log = attempts.clone();
-        let publish = Mutex::new(move |due: Due| {
-            log.lock().unwrap().push((due.slot.0, begun.elapsed()));
-            answer(due.slot)
-        });
-        let (outbox, task) = Outbox::start(
-            move |due| std::future::ready((publish.lock().unwrap())(due)),
-            move || begun.elapsed(),
-        );
-        (outbox, task, attempts)
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn retries_in_order_until_acknowledged() {
-        let mut failures = 5;
-        let (outbox, task, attempts) = outbox(move |_| {
-            failures -= 1;
-            if failures > 0 {
-                Err(PublishError::InProcess)
-            } else {
-                failures = 5;
-                Ok(DUPLICATE)
-            }
-        });
-        let receipts: Vec<_> = (1..=3).map(|slot| outbox.push(due(slot))).collect();
-        assert_eq!(outbox.waiting().load(Ordering::Relaxed), 3);
-        drop(outbox);
-        task.await.unwrap();
-        for receipt in receipts {
-            // A duplicate after a failed attempt is our own product.
-            assert_eq!(receipt.await, Ok(Outcome::Published));
-        }
-        let slots: Vec<u64> = attempts.lock().unwrap().iter().map(|a| a.0).collect();
-        assert!(slots.is_sorted() && slots.len() == 15, "{slots:?}");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_duplicate_at_once_is_somebody_elses() {
-        let (outbox, _task, _) = outbox(|_| Ok(DUPLICATE));
-        assert_eq!(outbox.push(due(1)).await, Ok(Outcome::Duplicate));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn gives_up_before_a_retry_could_store_twice() {
-        let (outbox, task, attempts) = outbox(|slot| {
-            if slot == Slot(1) { Err(PublishError::Failed("full".into())) } else { Ok(STORED) }
-        });
-        let first = outbox.push(due(1));
-        let second =
-            outbox.push(Due { since: MAX_AGE, pushed: Instant::now() + MAX_AGE, ..due(2) });
-        drop(outbox);
-        task.await.unwrap();
-        assert!(first.await.is_err());
-        assert_eq!(second.await, Ok(Outcome::Published));
-        let attempts = attempts.lock().unwrap();
-        assert!(attempts.iter().all(|&(slot, at)| slot == 2 || at < MAX_AGE));
-        // Back-off: some thousands of attempts in ten minutes, not millions.
-        assert!((1000..6000).contains(&attempts.len()), "{}", attempts.len());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn is_bounded() {
-        let (outbox, _task, _) = outbox(|_| Err(PublishError::InProcess));
-        for slot in 0..5000 {
-            drop(outbox.push(due(slot)));
-        }
-        assert_eq!(outbox.waiting().load(Ordering::Relaxed), CAPACITY);
     }
 }

@@ -98,17 +98,6 @@ pub async fn wait_until_connected(client: &Client, limit: Duration) -> bool {
     tokio::time::timeout(limit, until(|| is_connected(client))).await.is_ok()
 }
 
-/// Gives a connection up that brings nothing, though it is open, and returns when there is another
-/// one: with another server, if there is any. A server that is cut off is noticed by its pings
-/// after 2 to 3 s; whoever knows better has this.
-pub async fn reconnect(client: &Client) {
-    let before = connects(client);
-    // This fails when the connection was closed for good; then there is nothing to wait for either.
-    if client.force_reconnect().await.is_ok() {
-        until(|| connects(client) > before).await;
-    }
-}
-
 /// How often the client has connected.
 #[must_use]
 pub fn connects(client: &Client) -> u64 {

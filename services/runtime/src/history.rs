@@ -100,16 +100,12 @@ pub async fn read(
     ask(client, stream, request).await
 }
 
-/// The last message on `subject`, if there is one.
+/// The last message of a stream, if there is one.
 ///
 /// # Errors
 /// [`ReadError`] after five tries.
-pub async fn last(
-    client: &Client,
-    stream: &'static str,
-    subject: &str,
-) -> Result<Option<Entry>, ReadError> {
-    let entries = ask(client, stream, json!({ "last_by_subj": subject })).await?;
+pub async fn last(client: &Client, stream: &'static str) -> Result<Option<Entry>, ReadError> {
+    let entries = ask(client, stream, json!({ "last_by_subj": ">" })).await?;
     Ok(entries.into_iter().next())
 }
 
@@ -166,7 +162,7 @@ async fn ask_once(
             .ok_or_else(|| unexpected("the connection was closed".to_owned()))?;
         match message.status.map(|status| status.as_u16()) {
             // What is stored may have a status too: anything can be published.
-            _ if is_stored(&message) => entries.push(entry(message).map_err(unexpected)?),
+            _ if is_stored(&message) => entries.push(message.try_into().map_err(unexpected)?),
             None => return Err(unexpected(format!("no header {NATS_SEQUENCE}"))),
             Some(END_OF_BATCH | NOT_FOUND) => return Ok(entries),
             Some(NO_RESPONDERS) => return Err(ReadError::NoStream(stream)),
@@ -185,18 +181,27 @@ fn is_stored(message: &Message) -> bool {
     message.headers.as_ref().is_some_and(|headers| headers.get(NATS_SEQUENCE).is_some())
 }
 
-fn entry(message: Message) -> Result<Entry, String> {
-    let headers = message.headers.unwrap_or_default();
-    let sequence =
-        header(&headers, NATS_SEQUENCE)?.parse().map_err(|e| format!("{NATS_SEQUENCE}: {e}"))?;
-    let time = OffsetDateTime::parse(header(&headers, NATS_TIME_STAMP)?, &Rfc3339)
-        .map_err(|e| format!("{NATS_TIME_STAMP}: {e}"))?;
-    Ok(Entry {
-        sequence,
-        time,
-        message_id: headers.get(NATS_MESSAGE_ID).map(ToString::to_string),
-        payload: message.payload,
-    })
+/// A message with the headers of a direct get (ADR-31), or of a republished one (ADR-28).
+impl TryFrom<Message> for Entry {
+    type Error = String;
+
+    fn try_from(message: Message) -> Result<Self, String> {
+        let headers = message.headers.unwrap_or_default();
+        let sequence = header(&headers, NATS_SEQUENCE)?;
+        let sequence = sequence.parse().map_err(|e| format!("{NATS_SEQUENCE}: {e}"))?;
+        let time = OffsetDateTime::parse(header(&headers, NATS_TIME_STAMP)?, &Rfc3339)
+            .map_err(|e| format!("{NATS_TIME_STAMP}: {e}"))?;
+        let message_id = headers.get(NATS_MESSAGE_ID).map(ToString::to_string);
+        Ok(Self { sequence, time, message_id, payload: message.payload })
+    }
+}
+
+impl Entry {
+    /// When the stream stored it, since the Unix epoch.
+    #[must_use]
+    pub fn since_epoch(&self) -> Duration {
+        (self.time - OffsetDateTime::UNIX_EPOCH).try_into().unwrap_or_default()
+    }
 }
 
 /// The server adds its headers after those of the publisher, who may have sent the same.

@@ -4,6 +4,7 @@
 //! is the caller's, every answer of the server keeps its code, and one that never comes leaves
 //! nothing behind (see [`connection::request`]).
 
+use std::fmt::Display;
 use std::time::Duration;
 
 use async_nats::Client;
@@ -14,7 +15,6 @@ use async_nats::jetstream::publish::PublishAck;
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::Info;
 use bytes::Bytes;
-use contract::Slot;
 use serde::de::DeserializeOwned;
 
 use crate::connection;
@@ -43,20 +43,20 @@ pub enum PublishError {
     Failed(String),
 }
 
-/// Publishes to the stream that listens on `subject`, with the slot as the message id
-/// (`Nats-Msg-Id`, NATS ADR-4), and waits for the acknowledgement.
+/// Publishes to the stream that listens on `subject`, with a message id (`Nats-Msg-Id`, NATS ADR-4),
+/// and waits for the acknowledgement.
 ///
 /// # Errors
 /// [`PublishError`], see there.
 pub async fn publish(
     client: &Client,
     subject: &'static str,
-    slot: Slot,
+    id: impl Display,
     payload: Bytes,
     timeout: Duration,
 ) -> Result<Ack, PublishError> {
     let mut headers = HeaderMap::new();
-    headers.insert(NATS_MESSAGE_ID, slot.to_string());
+    headers.insert(NATS_MESSAGE_ID, id.to_string());
     let request = connection::request(client).headers(headers).payload(payload);
     match answer(client, subject, request, timeout).await.map_err(PublishError::Failed)? {
         Response::Ok(PublishAck { sequence, duplicate, .. }) => Ok(Ack { sequence, duplicate }),

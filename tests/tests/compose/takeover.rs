@@ -48,7 +48,7 @@ pub async fn a_history_is_taken_over(cluster: Cluster) {
         let slot = Slot(now.0 - MESSAGES + n);
         let payload = Product::new(1000, 101 + 2 * (n % 450)).unwrap().encode().into();
         let timeout = Duration::from_secs(5);
-        jetstream::publish(&one, subjects::PUBLISHED, slot, payload, timeout).await.unwrap();
+        jetstream::publish(&one, subjects::PUBLISH, slot, payload, timeout).await.unwrap();
     }
     let takeover = ["run", "--rm", "provision", "takeover", "--from", "nats://old:4222"];
     let said = tokio::task::block_in_place(|| compose(&takeover));

@@ -87,7 +87,7 @@ async fn answers_in_the_history_are_skipped() {
     let (_gateway, address) = pipeline.gateway().await;
     // Without a message id, so that a copy of it is no duplicate.
     let valid = contract::Product::new(846, 511).unwrap().encode();
-    pipeline.client.publish(subjects::PUBLISHED, valid.into()).await.unwrap();
+    pipeline.client.publish(subjects::PUBLISH, valid.into()).await.unwrap();
     eventually("it is stored", async || pipeline.history().await.len() == 1).await;
     let asks = [
         // The copy, and the end of a batch; a message that is not there; something long.
@@ -96,7 +96,7 @@ async fn answers_in_the_history_are_skipped() {
         ("$JS.API.STREAM.INFO.NUMBERS", ""),
     ];
     for (last, (api, question)) in [3, 4, 5].into_iter().zip(asks) {
-        let reply = subjects::PUBLISHED;
+        let reply = subjects::PUBLISH;
         pipeline.client.publish_with_reply(api, reply, question.into()).await.unwrap();
         eventually("it is stored", async || pipeline.history().await.len() == last).await;
     }

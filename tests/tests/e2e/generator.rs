@@ -120,7 +120,7 @@ async fn nobody_is_made_to_write_in_the_name_of_another() {
     let mut written = client.subscribe("ticks.>").await.unwrap();
     let mut answers = client.subscribe("elsewhere").await.unwrap();
     for subject in ["numbers.even", "$SRV.PING.gateway", "$SRV.STATS.odd"] {
-        for reply in ["numbers.published", "ticks.claim", "ticks.taking", "elsewhere"] {
+        for reply in ["numbers.publish", "ticks.draw", "ticks.done", "elsewhere"] {
             client.publish_with_reply(subject, reply, "".into()).await.unwrap();
         }
     }

@@ -4,6 +4,8 @@
 
 mod access;
 mod api;
+mod clocks;
+mod cluster;
 mod gateway;
 mod generator;
 mod history;

@@ -1,8 +1,9 @@
 //! `evenodd provision`.
 
 use async_nats::jetstream::{self, stream};
-use contract::streams::{NUMBERS, TICKS};
+use contract::streams::{self, NUMBERS, TICKS, TICKS_AGE};
 use contract::{Message, Product, subjects};
+use futures::StreamExt;
 use tests::{Broker, Pipeline, Process, Scratch, connect};
 
 #[tokio::test]
@@ -11,10 +12,19 @@ async fn creates_and_is_idempotent() {
     let context = jetstream::new(pipeline.client.clone());
     let numbers = context.get_stream(NUMBERS).await.unwrap();
     let config = &numbers.cached_info().config;
-    assert_eq!(config.subjects, [subjects::PUBLISHED]);
+    assert_eq!(config.subjects, [subjects::PUBLISH]);
     assert!(config.deny_delete && config.deny_purge && config.allow_direct);
     assert_eq!(config.discard, stream::DiscardPolicy::New);
-    assert_eq!(context.get_stream(TICKS).await.unwrap().cached_info().config.max_messages, 1);
+    let republish = config.republish.clone().unwrap();
+    assert_eq!(
+        (&*republish.source, &*republish.destination),
+        (subjects::PUBLISH, subjects::PUBLISHED)
+    );
+    let ticks = context.get_stream(TICKS).await.unwrap().cached_info().config.clone();
+    assert_eq!(
+        (ticks.max_age, ticks.republish.unwrap().destination.as_str()),
+        (TICKS_AGE, subjects::DONE)
+    );
     let (status, output) = pipeline.evenodd(&["provision"]).await;
     assert_eq!(status, Some(0));
     assert_eq!(output.matches("as it must be").count(), 2, "{output}");
@@ -26,7 +36,7 @@ async fn refuses_what_could_lose_history_and_applies_what_cannot() {
     let payload = Product::new(846, 511).unwrap().encode();
     for _ in 0..10 {
         let payload = payload.clone().into();
-        pipeline.client.publish(subjects::PUBLISHED, payload).await.unwrap();
+        pipeline.client.publish(subjects::PUBLISH, payload).await.unwrap();
     }
     let context = jetstream::new(pipeline.client.clone());
     let right = context.get_stream(NUMBERS).await.unwrap().cached_info().config.clone();
@@ -55,6 +65,44 @@ async fn refuses_what_could_lose_history_and_applies_what_cannot() {
     assert_eq!(now.state.messages, 10);
 }
 
+/// The streams as they were before the server republished: they are changed, and nothing is lost.
+#[tokio::test]
+async fn streams_of_the_former_protocol_are_changed() {
+    let scratch = Scratch::new();
+    let broker = Broker::start(&scratch).await;
+    let client = connect(&broker).await;
+    let context = jetstream::new(client.clone());
+    let former = |config: stream::Config, subject: &str| stream::Config {
+        subjects: vec![subject.into()],
+        republish: None,
+        ..config
+    };
+    let numbers = former(streams::numbers(1), "numbers.published");
+    let ticks = former(streams::ticks(1), "ticks.claim");
+    let ticks = stream::Config { max_messages: 1, max_age: std::time::Duration::ZERO, ..ticks };
+    for config in [numbers, ticks] {
+        context.create_stream(config).await.unwrap();
+    }
+    let payload = Product::new(846, 511).unwrap().encode();
+    for _ in 0..150 {
+        context.publish("numbers.published", payload.clone().into()).await.unwrap().await.unwrap();
+    }
+    context.publish("ticks.claim", "{}".into()).await.unwrap().await.unwrap();
+    let before = tests::ticks::all(&client, NUMBERS).await;
+    // A gateway has the last 100, whatever subject they were stored under.
+    let pipeline = Pipeline::on(scratch, broker).await;
+    let (_gateway, address) = pipeline.gateway().await;
+    assert_eq!(crate::gateway::sequences(&address, 150).await.len(), 100);
+    assert_eq!(tests::ticks::all(&client, NUMBERS).await, before);
+    let again = pipeline.evenodd(&["provision"]).await.1;
+    assert_eq!(again.matches("as it must be").count(), 2, "{again}");
+    let mut live = client.subscribe(subjects::PUBLISHED).await.unwrap();
+    assert_eq!(pipeline.publish(7).await, 151);
+    let heard = runtime::history::Entry::try_from(live.next().await.unwrap()).unwrap();
+    assert_eq!(pipeline.entries(151, 1).await, [heard]);
+    crate::gateway::sequences(&address, 151).await;
+}
+
 #[tokio::test]
 async fn a_subject_that_belongs_to_another_stream_is_a_clear_error() {
     let scratch = Scratch::new();
@@ -70,7 +118,7 @@ async fn a_subject_that_belongs_to_another_stream_is_a_clear_error() {
     let mut provision = Process::start(&scratch, "evenodd", &args);
     assert_eq!(provision.wait().await.code(), Some(1));
     let log = provision.log();
-    assert!(log.contains("FOREIGN") && log.contains("numbers.published"), "{log}");
+    assert!(log.contains("FOREIGN") && log.contains("numbers.publish"), "{log}");
 }
 
 #[tokio::test]

@@ -1,0 +1,112 @@
+//! Three real nats-servers that keep every stream three times, as processes of this machine.
+
+use std::fs;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use async_nats::jetstream;
+use async_nats::{Client, ConnectOptions};
+use nix::sys::signal::Signal;
+
+use crate::{Process, Scratch, eventually, nats_server, repository};
+
+/// How many there are.
+pub const COUNT: usize = 3;
+
+/// A cluster of nats-servers, with the settings of `nats/single.conf` and without keys.
+pub struct Brokers {
+    nodes: Vec<Process>,
+    urls: Vec<String>,
+}
+
+impl Brokers {
+    /// Starts three, and waits until they have a leader.
+    pub async fn start(scratch: &Scratch) -> Self {
+        // Addresses of its own instead of ports of its own: none is taken that another test may get.
+        static CLUSTERS: AtomicU32 = AtomicU32::new(0);
+        let n = std::process::id() * 16 + CLUSTERS.fetch_add(1, Ordering::Relaxed);
+        let net = format!("127.{}.{}", 1 + n / 250 % 250, n % 250);
+        let hosts: Vec<_> = (1..=COUNT).map(|node| format!("{net}.{node}")).collect();
+        let routes: Vec<_> = hosts.iter().map(|host| format!("nats://{host}:6222")).collect();
+        let single = fs::read_to_string(repository().join("nats/single.conf")).unwrap();
+        let mut nodes = Vec::new();
+        for host in &hosts {
+            let configuration = scratch.path(&format!("{host}.conf"));
+            let own = single.replace("127.0.0.1", host);
+            let own = own.replace("server_name: evenodd", &format!("server_name: \"{host}\""));
+            assert!(own.contains(&format!("server_name: \"{host}\"")));
+            let cluster = format!(
+                "cluster {{ name: test, host: \"{host}\", port: 6222, routes: {routes:?}\n\
+                 ping_interval: \"1s\", ping_max: 2 }}\n"
+            );
+            fs::write(&configuration, own + &cluster).unwrap();
+            let store = scratch.path(host);
+            let command = [
+                nats_server().to_str().unwrap(),
+                "-c",
+                configuration.to_str().unwrap(),
+                "-sd",
+                store.to_str().unwrap(),
+            ];
+            let command = command.map(str::to_owned).into();
+            nodes.push(Process::start_command(scratch, "nats-server", command));
+        }
+        let urls = hosts.iter().map(|host| format!("nats://{host}:4222")).collect();
+        Self { nodes, urls }
+    }
+
+    /// Where clients connect, separated by commas.
+    #[must_use]
+    pub fn url(&self) -> String {
+        self.urls.join(",")
+    }
+
+    /// A client that stays with one of them, also when that is away.
+    pub async fn client_of(&self, node: usize) -> Client {
+        let options = ConnectOptions::new().ignore_discovered_servers().retry_on_initial_connect();
+        let client = options.connect(&self.urls[node]).await.unwrap();
+        eventually("connected", async || runtime::connection::is_connected(&client)).await;
+        client
+    }
+
+    /// The one that leads a stream, if the servers agree on one.
+    pub async fn leader(&self, client: &Client, stream: &str) -> Option<usize> {
+        let stream = jetstream::new(client.clone()).get_stream(stream).await.ok()?;
+        let leader = stream.cached_info().cluster.as_ref()?.leader.clone()?;
+        self.urls.iter().position(|url| url.contains(&format!("//{leader}:")))
+    }
+
+    /// Waits until a stream has a leader and both followers are current.
+    pub async fn heal(&self, client: &Client, streams: &[&str]) {
+        for stream in streams {
+            eventually("the stream is whole", async || {
+                let stream = jetstream::new(client.clone()).get_stream(*stream).await;
+                let info = stream.ok().and_then(|stream| stream.cached_info().cluster.clone());
+                info.is_some_and(|cluster| {
+                    let current = cluster.replicas.iter().filter(|peer| peer.current).count();
+                    cluster.leader.is_some() && current == COUNT - 1
+                })
+            })
+            .await;
+        }
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self, node: usize) {
+        self.nodes[node].kill();
+    }
+
+    /// Starts one again that was killed, on the same store.
+    pub fn start_again(&mut self, node: usize) {
+        self.nodes[node].start_again();
+    }
+
+    /// SIGSTOP: connections stay open and nothing is answered.
+    pub fn freeze(&self, node: usize) {
+        self.nodes[node].signal(Signal::SIGSTOP);
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self, node: usize) {
+        self.nodes[node].signal(Signal::SIGCONT);
+    }
+}

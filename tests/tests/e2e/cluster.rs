@@ -1,0 +1,249 @@
+//! Three brokers, of which some are killed or frozen while multipliers are killed as well. Every slot
+//! has one draw, every draw above the threshold is in the history, and whoever listens hears it once.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_nats::Client;
+use contract::streams::{NUMBERS, TICKS};
+use contract::{SlotLength, subjects};
+use futures::StreamExt;
+use runtime::history::Entry;
+use tests::brokers::COUNT;
+use tests::{Audit, Brokers, Process, Scratch, Ticks, eventually};
+use tokio::time::sleep;
+
+/// A cluster with two generators of each kind, and somebody who listens at each broker.
+struct Cluster {
+    brokers: Brokers,
+    clients: Vec<Client>,
+    /// How often each number was heard at each broker, by sequence.
+    heard: Vec<Arc<Mutex<BTreeMap<u64, usize>>>>,
+    slot_ms: u64,
+    scratch: Scratch,
+    _generators: Vec<Process>,
+}
+
+impl Cluster {
+    async fn start(slot_ms: u64) -> Self {
+        let scratch = Scratch::new();
+        let brokers = Brokers::start(&scratch).await;
+        let url = brokers.url();
+        let args = ["provision", "--replicas", "3", "--nats", &url];
+        let mut provision = Process::start(&scratch, "evenodd", &args);
+        assert!(provision.wait().await.success(), "{}", provision.log());
+        let (mut clients, mut heard) = (Vec::new(), Vec::new());
+        for node in 0..COUNT {
+            let client = brokers.client_of(node).await;
+            heard.push(listen(&client).await);
+            clients.push(client);
+        }
+        let mut generators = Vec::new();
+        for parity in ["even", "odd", "even", "odd"] {
+            let args = ["--parity", parity, "--nats", &url];
+            generators.push(Process::start(&scratch, "generator", &args));
+        }
+        let cluster = Self { brokers, clients, heard, slot_ms, scratch, _generators: generators };
+        cluster.heals(0).await;
+        cluster
+    }
+
+    /// A multiplier that first connects to one of these brokers.
+    fn multiplier(&self, url: &str) -> Process {
+        let slot_ms = self.slot_ms.to_string();
+        Process::start(&self.scratch, "multiplier", &["--nats", url, "--slot-ms", &slot_ms])
+    }
+
+    async fn multipliers<const N: usize>(&self) -> [Process; N] {
+        let mut ticks = Ticks::watch(&self.clients[0]).await;
+        let multipliers = [(); N].map(|()| self.multiplier(&self.brokers.url()));
+        ticks.take(10).await;
+        multipliers
+    }
+
+    /// Waits until all brokers have everything, as this one sees it.
+    async fn heals(&self, node: usize) {
+        self.brokers.heal(&self.clients[node], &[TICKS, NUMBERS]).await;
+    }
+
+    async fn leader(&self, stream: &str, node: usize) -> usize {
+        let mut leader = None;
+        eventually("there is a leader", async || {
+            leader = self.brokers.leader(&self.clients[node], stream).await;
+            leader.is_some()
+        })
+        .await;
+        leader.unwrap()
+    }
+
+    /// Waits for the next slot, and then some time into it. With the precision of the kernel, which
+    /// tokio's timers do not have.
+    fn sleep_into_next_slot(&self, offset: Duration) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let slot = Duration::from_millis(self.slot_ms);
+        let into = Duration::from_nanos(u64::try_from(now.as_nanos() % slot.as_nanos()).unwrap());
+        tokio::task::block_in_place(|| std::thread::sleep(slot - into + offset));
+    }
+
+    /// That nothing was missed, lost or doubled, and that nobody heard a number twice. Those who
+    /// listened at these brokers heard all of them.
+    async fn is_right(&self, all_heard_at: &[usize]) -> Audit {
+        let audit = Audit::of(&self.clients[all_heard_at[0]]).await;
+        assert_eq!(audit.missed(), [], "{:?}", self.scratch);
+        for (node, heard) in self.heard.iter().enumerate() {
+            let heard = heard.lock().unwrap().clone();
+            let twice: Vec<_> = heard.iter().filter(|(_, times)| **times > 1).collect();
+            assert!(twice.is_empty(), "at broker {node}: {twice:?}");
+            let missing: Vec<_> = audit
+                .numbers
+                .values()
+                .map(|n| n.sequence)
+                .filter(|s| !heard.contains_key(s))
+                .collect();
+            assert!(missing.is_empty() || !all_heard_at.contains(&node), "{node}: {missing:?}");
+        }
+        audit
+    }
+}
+
+async fn listen(client: &Client) -> Arc<Mutex<BTreeMap<u64, usize>>> {
+    let mut live = client.subscribe(subjects::PUBLISHED).await.unwrap();
+    client.flush().await.unwrap();
+    let heard = Arc::new(Mutex::new(BTreeMap::new()));
+    tokio::spawn({
+        let heard = heard.clone();
+        async move {
+            while let Some(message) = live.next().await {
+                let sequence = Entry::try_from(message).unwrap().sequence;
+                *heard.lock().unwrap().entry(sequence).or_default() += 1;
+            }
+        }
+    });
+    heard
+}
+
+/// Kills a multiplier at this time of a slot, and waits until it is back and draws.
+async fn kill(cluster: &Cluster, multiplier: &mut Process, offset: Duration) {
+    cluster.sleep_into_next_slot(offset);
+    multiplier.kill();
+    let before = multiplier.log().matches("connected to NATS").count();
+    multiplier.start_again();
+    eventually("it is back", async || {
+        multiplier.log().matches("connected to NATS").count() > before
+    })
+    .await;
+    sleep(Duration::from_millis(2 * cluster.slot_ms)).await;
+}
+
+/// 200 times, spread over the first 20 ms of a slot, in which all of its work is done.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_multiplier_costs_nothing() {
+    const KILLS: u32 = 200;
+    let cluster = Cluster::start(100).await;
+    let mut multipliers = cluster.multipliers::<2>().await;
+    for n in 0..KILLS {
+        let offset = Duration::from_millis(20) * n / KILLS;
+        kill(&cluster, &mut multipliers[n as usize % 2], offset).await;
+    }
+    cluster.is_right(&[0, 1, 2]).await;
+}
+
+/// 20 times, while the stream of draws has no leader.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_multiplier_that_is_killed_in_an_election_costs_nothing() {
+    const KILLS: u32 = 20;
+    let mut cluster = Cluster::start(100).await;
+    let mut multipliers = cluster.multipliers::<2>().await;
+    let mut stays = 0;
+    for n in 0..KILLS {
+        let leader = cluster.leader(TICKS, stays).await;
+        stays = (leader + 1) % COUNT;
+        cluster.brokers.kill(leader);
+        let offset = Duration::from_millis(20) * n / KILLS;
+        kill(&cluster, &mut multipliers[n as usize % 2], offset).await;
+        cluster.brokers.start_again(leader);
+        cluster.heals(stays).await;
+    }
+    // Everybody was at a broker that failed.
+    let audit = Audit::of(&cluster.clients[stays]).await;
+    assert_eq!(audit.missed(), [], "{:?}", cluster.scratch);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn leaders_may_be_killed_or_frozen() {
+    let mut cluster = Cluster::start(500).await;
+    let _multipliers = cluster.multipliers::<2>().await;
+    let mut failed = Vec::new();
+    let mut stays = 0;
+    for (stream, frozen) in [(TICKS, false), (NUMBERS, false), (TICKS, true), (NUMBERS, true)] {
+        let leader = cluster.leader(stream, stays).await;
+        stays = (leader + 1) % COUNT;
+        failed.push(leader);
+        if frozen {
+            cluster.brokers.freeze(leader);
+            sleep(Duration::from_secs(12)).await;
+            cluster.brokers.thaw(leader);
+        } else {
+            cluster.brokers.kill(leader);
+            sleep(Duration::from_secs(8)).await;
+            cluster.brokers.start_again(leader);
+        }
+        cluster.heals(stays).await;
+    }
+    let audit = Audit::of(&cluster.clients[stays]).await;
+    assert_eq!(audit.missed(), [], "{:?}", cluster.scratch);
+    assert_eq!(audit.without_numbers(), []);
+    let lasting: Vec<_> = (0..COUNT).filter(|node| !failed.contains(node)).collect();
+    if !lasting.is_empty() {
+        cluster.is_right(&lasting).await;
+    }
+}
+
+/// Nobody else draws for them; they find another broker, and draw what they have missed.
+#[tokio::test(flavor = "multi_thread")]
+async fn all_multipliers_may_be_on_a_frozen_broker() {
+    let cluster = Cluster::start(500).await;
+    let leader = cluster.leader(TICKS, 0).await;
+    let other = (leader + 1) % COUNT;
+    for frozen in [leader, other] {
+        let stays = (frozen + 1) % COUNT;
+        let url = cluster.brokers.url();
+        let url = url.split(',').nth(frozen).unwrap();
+        let mut ticks = Ticks::watch(&cluster.clients[stays]).await;
+        let _multipliers = [cluster.multiplier(url), cluster.multiplier(url)];
+        ticks.take(6).await;
+        cluster.brokers.freeze(frozen);
+        let last = ticks.next().await.slot;
+        ticks.until(|draw| draw.slot.0 > last.0 + 24).await;
+        cluster.brokers.thaw(frozen);
+        cluster.heals(stays).await;
+        ticks.take(4).await;
+    }
+    // Between the two there was nobody.
+    let audit = Audit::of(&cluster.clients[(other + 1) % COUNT]).await;
+    let draws: Vec<_> = audit.draws.keys().map(|slot| slot.0).collect();
+    let gaps = draws.windows(2).filter(|pair| pair[1] > pair[0] + 1).count();
+    assert!(gaps <= 1, "{:?}", audit.missed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_of_three_brokers_may_be_away_for_a_while() {
+    let mut cluster = Cluster::start(500).await;
+    let _multipliers = cluster.multipliers::<2>().await;
+    let stays = cluster.leader(TICKS, 0).await;
+    let away: Vec<_> = (0..COUNT).filter(|node| *node != stays).collect();
+    away.iter().for_each(|node| cluster.brokers.kill(*node));
+    sleep(Duration::from_secs(20)).await;
+    away.iter().for_each(|node| cluster.brokers.start_again(*node));
+    cluster.heals(stays).await;
+    let mut ticks = Ticks::watch(&cluster.clients[stays]).await;
+    ticks.take(4).await;
+    let audit = cluster.is_right(&[stays]).await;
+    // Generators answered through the one that stayed, or when the others were back.
+    assert_eq!(audit.without_numbers(), []);
+    assert!(
+        SlotLength::DEFAULT.duration() * u32::try_from(audit.draws.len()).unwrap()
+            > Duration::from_secs(24)
+    );
+}
