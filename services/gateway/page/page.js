@@ -248,7 +248,7 @@ function drawRate() {
 
 /** What a service counts. */
 function work(service) {
-  return { even: "numbers given", odd: "numbers given", multiplier: "ticks done", gateway: "requests" }[service] ?? "requests";
+  return { even: "numbers given", odd: "numbers given", multiplier: "slots settled", gateway: "requests" }[service] ?? "requests";
 }
 
 function drawReplicas({ replicas: listed, latest_tick: tick }) {
@@ -268,7 +268,7 @@ function drawReplicas({ replicas: listed, latest_tick: tick }) {
       const lost = replica.at !== now;
       const ticked = !lost && replica.id === tick?.multiplier;
       const done = `${decimal.format(replica.requests)} ${work(name)}, ${decimal.format(replica.errors)} failed`;
-      const note = lost ? "lost" : ticked ? `${done}; did the latest tick` : done;
+      const note = lost ? "lost" : ticked ? `${done}; drew the latest tick` : done;
       const kind = lost ? "lost" : ticked ? "ticked" : "alive";
       const attributes = { class: kind, title: `${replica.id}, since ${replica.started}` };
       return make("li", attributes, replica.id.slice(-6), make("small", {}, note));

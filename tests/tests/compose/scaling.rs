@@ -34,5 +34,5 @@ pub async fn services_come_and_go(cluster: Cluster) {
     );
     assert_eq!(polled.faults, Vec::<String>::new());
     assert!(without_gap_or_repeat(&sequences), "{sequences:?}");
-    assert_eq!((watched.missed, watched.doubled), (vec![], vec![]));
+    assert_eq!((watched.missed, watched.heard_twice), (vec![], 0));
 }

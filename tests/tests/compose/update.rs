@@ -52,7 +52,7 @@ pub async fn a_new_version_takes_over(cluster: Cluster) {
     assert_eq!(after, before);
     assert_eq!(polled.faults, Vec::<String>::new());
     assert!(without_gap_or_repeat(&sequences), "{sequences:?}");
-    assert_eq!((watched.missed, watched.doubled), (vec![], vec![]));
+    assert_eq!((watched.missed, watched.heard_twice), (vec![], 0));
 }
 
 fn inspect_image() -> String {

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_nats::Client;
 use contract::streams::{NUMBERS, TICKS};
-use contract::{SlotLength, subjects};
+use contract::subjects;
 use futures::StreamExt;
 use runtime::history::Entry;
 use tests::brokers::COUNT;
@@ -193,7 +193,6 @@ async fn leaders_may_be_killed_or_frozen() {
     }
     let audit = Audit::of(&cluster.clients[stays]).await;
     assert_eq!(audit.missed(), [], "{:?}", cluster.scratch);
-    assert_eq!(audit.without_numbers(), []);
     let lasting: Vec<_> = (0..COUNT).filter(|node| !failed.contains(node)).collect();
     if !lasting.is_empty() {
         cluster.is_right(&lasting).await;
@@ -236,14 +235,13 @@ async fn two_of_three_brokers_may_be_away_for_a_while() {
     away.iter().for_each(|node| cluster.brokers.kill(*node));
     sleep(Duration::from_secs(20)).await;
     away.iter().for_each(|node| cluster.brokers.start_again(*node));
-    cluster.heals(stays).await;
     let mut ticks = Ticks::watch(&cluster.clients[stays]).await;
-    ticks.take(4).await;
+    let back = tests::watch::now();
+    ticks.until(|draw| draw.slot > back).await;
+    cluster.heals(stays).await;
     let audit = cluster.is_right(&[stays]).await;
     // Generators answered through the one that stayed, or when the others were back.
     assert_eq!(audit.without_numbers(), []);
-    assert!(
-        SlotLength::DEFAULT.duration() * u32::try_from(audit.draws.len()).unwrap()
-            > Duration::from_secs(24)
-    );
+    let away = audit.draws.range(..back).rev().take(40);
+    assert!(away.filter(|(_, draw)| draw.value.due().is_some()).count() > 10);
 }
