@@ -42,7 +42,7 @@ enum Command {
 /// The whole of `main`. Status 0 if all is well, 1 if not, 2 for wrong settings.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli: Cli = settings::parse();
+    let cli = Cli::parse();
     // Only what is wrong: a command's result is its output.
     telemetry::start(&cli.log, "warn,async_nats=error,async_nats::connector=off");
     // One thread: a child gets its death signal when the thread that started it ends.

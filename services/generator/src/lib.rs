@@ -10,8 +10,9 @@ use async_nats::{Client, Message};
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use contract::Parity;
+use futures::StreamExt;
 use runtime::health::HealthSettings;
-use runtime::micro::{self, Counters, Description, Requests};
+use runtime::micro::{self, Counters, Description};
 use runtime::settings::CommonSettings;
 use runtime::{Service, connection};
 use tokio_util::sync::CancellationToken;
@@ -61,25 +62,22 @@ impl Service for Settings {
             subject: parity.subject(),
         };
         let micro = micro::announce(&client, about).await?;
-        let mut requests = Requests::join(&client, about).await?;
+        let queue_group = parity.name().to_owned();
+        let mut requests = client.queue_subscribe(parity.subject(), queue_group).await?;
         info!(subject = parity.subject(), id = micro.id, "answering");
 
         let mut health = std::pin::pin!(health.serve(client.clone()));
-        let mut leaving = false;
         loop {
             tokio::select! {
                 never = &mut health => match never {},
-                () = shutdown.cancelled(), if !leaving => {
-                    leaving = true;
-                    requests.leave(self.common.drain_ms.mul_f64(0.6)).await;
-                }
+                () = shutdown.cancelled() => break,
                 request = requests.next() => match request {
                     Some(request) => answer(&client, parity, request, &micro.counters).await,
-                    None => break,
+                    None => anyhow::bail!("the connection to NATS was closed"),
                 },
             }
         }
-        anyhow::ensure!(leaving, "the connection to NATS was closed");
+        // Requests that are on their way here are lost. Whoever asks does so again (docs/adr/0004).
         connection::flush(&client).await;
         Ok(())
     }

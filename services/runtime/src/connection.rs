@@ -95,21 +95,14 @@ pub fn inbox(client: &Client) -> String {
 
 /// Waits for the connection, at most for `limit`. Whether it is there.
 pub async fn wait_until_connected(client: &Client, limit: Duration) -> bool {
-    tokio::time::timeout(limit, until(|| is_connected(client))).await.is_ok()
-}
-
-/// How often the client has connected.
-#[must_use]
-pub fn connects(client: &Client) -> u64 {
-    client.statistics().connects.load(Ordering::Relaxed)
-}
-
-/// The client has no way to wait for a change of its state.
-async fn until(condition: impl Fn() -> bool) {
+    /// The client has no way to wait for a change of its state.
     const POLL: Duration = Duration::from_millis(5);
-    while !condition() {
-        tokio::time::sleep(POLL).await;
-    }
+    let connected = async {
+        while !is_connected(client) {
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    tokio::time::timeout(limit, connected).await.is_ok()
 }
 
 /// Waits until what was published has left the process: at most a second, and not at all without

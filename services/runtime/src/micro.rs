@@ -1,15 +1,13 @@
 //! A service of the NATS Services API (ADR-32): it answers `$SRV.PING`, `INFO` and `STATS`, so
-//! that `nats micro ls` and `nats micro stats` show every replica and what it did.
-//!
-//! The client's own implementation hides the subscription of an endpoint, and with it the way to
-//! leave a queue group without losing what is on its way (see [`Requests`] and docs/adr/0004).
+//! that `nats micro ls` and `nats micro stats` show every replica and what it did. Services that
+//! answer no requests are listed as well; docs/adr/0004 says why this is not the client's own
+//! implementation.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::Context;
-use async_nats::{Client, Message, Subject, Subscriber};
+use async_nats::{Client, Message, Subject};
 use contract::subjects;
 use futures::StreamExt;
 use futures::stream::select_all;
@@ -17,8 +15,6 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_util::task::AbortOnDropHandle;
-
-use crate::connection;
 
 /// What a service tells about itself.
 #[derive(Clone, Copy, Debug)]
@@ -137,113 +133,4 @@ fn answer(
         _ => {}
     }
     Some(answer)
-}
-
-/// Requests still taken when a replica leaves its queue group: more than can be on their way.
-const LEAVING_REQUESTS: u64 = 256;
-/// A pause after which a replica stops waiting for these.
-const LEAVING_QUIET: Duration = Duration::from_millis(20);
-
-/// The share of a queue group's requests that come to this replica.
-///
-/// To leave the group, the client library drops a subscription while the server still delivers
-/// to it; under load that loses requests. Instead the server is told to deliver a certain number
-/// more and no further ones. They are taken until the number is reached, or requests are so rare
-/// that none is likely to come in the moment in which the subscription is dropped.
-pub struct Requests {
-    client: Client,
-    about: Description,
-    subscriber: Subscriber,
-    /// The subscription of the connection before, until what it holds is taken.
-    before: Option<Subscriber>,
-    /// How often the client had connected when the subscription was made. The server counts what
-    /// it delivers from the connection on, so that each connection gets a subscription of its own.
-    connects: u64,
-    taken: u64,
-    leaving_until: Option<Instant>,
-}
-
-impl Requests {
-    /// Joins the queue group named like the service, on the subject of the service.
-    ///
-    /// # Errors
-    /// If the connection was closed.
-    pub async fn join(client: &Client, about: Description) -> anyhow::Result<Self> {
-        Ok(Self {
-            subscriber: subscribe(client, about).await?,
-            before: None,
-            connects: connects(client),
-            client: client.clone(),
-            about,
-            taken: 0,
-            leaving_until: None,
-        })
-    }
-
-    /// Starts to leave the group, within `limit`: [`next`](Self::next) gives what is on its way,
-    /// then `None`.
-    pub async fn leave(&mut self, limit: Duration) {
-        self.leaving_until = Some(Instant::now() + limit);
-        // This fails when the connection was closed; then there is nothing to leave.
-        let _ = self.subscriber.unsubscribe_after(self.taken + LEAVING_REQUESTS).await;
-    }
-
-    /// After the connection was lost and made again.
-    async fn join_again(&mut self) {
-        let Ok(subscriber) = subscribe(&self.client, self.about).await else {
-            return;
-        };
-        let mut before = std::mem::replace(&mut self.subscriber, subscriber);
-        if before.drain().await.is_ok() {
-            self.before = Some(before);
-        }
-        self.connects = connects(&self.client);
-        self.taken = 0;
-    }
-
-    /// The next request; `None` after the last one. Cancel safe.
-    pub async fn next(&mut self) -> Option<Message> {
-        if let Some(before) = &mut self.before {
-            match before.next().await {
-                Some(request) => return Some(request),
-                None => self.before = None,
-            }
-        }
-        let request = match self.leaving_until {
-            None => self.subscriber.next().await,
-            Some(until) => {
-                let left = until.saturating_duration_since(Instant::now());
-                let next = tokio::time::timeout(LEAVING_QUIET.min(left), self.subscriber.next());
-                match next.await {
-                    Ok(request) => request,
-                    // What comes in the very moment of the end is still taken.
-                    Err(_) => {
-                        let _ = self.subscriber.drain().await;
-                        tokio::time::timeout(LEAVING_QUIET, self.subscriber.next())
-                            .await
-                            .ok()
-                            .flatten()
-                    }
-                }
-            }
-        };
-        self.taken += u64::from(request.is_some());
-        if self.leaving_until.is_none() && self.connects != connects(&self.client) {
-            self.join_again().await;
-        }
-        request
-    }
-}
-
-async fn subscribe(client: &Client, about: Description) -> anyhow::Result<Subscriber> {
-    client
-        .queue_subscribe(about.subject, about.name.to_owned())
-        .await
-        .with_context(|| format!("cannot listen on {}", about.subject))
-}
-
-/// How often the client has connected; before the first time it counts as connected, because what
-/// is subscribed then belongs to the first connection.
-fn connects(client: &Client) -> u64 {
-    connection::connects(client).max(1)
 }

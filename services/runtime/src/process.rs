@@ -4,12 +4,13 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Command, Parser};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
-use crate::settings::{self, CommonSettings};
+use crate::settings::CommonSettings;
 use crate::{health, telemetry};
 
 /// A service: settings that know how to run.
@@ -39,13 +40,14 @@ pub trait Service: Parser {
 pub fn main<S: Service>() -> ExitCode {
     let about = "Ask the service that runs here with the same flags (before this) and environment whether it is well";
     let healthcheck = Command::new("healthcheck").about(about);
-    let command = S::command().subcommand(healthcheck).disable_help_subcommand(true);
-    let (service, subcommand) = settings::parse_command::<S>(command);
-    if subcommand.is_some() {
-        return health::check(service.health());
-    }
+    let mut command = S::command().subcommand(healthcheck).disable_help_subcommand(true);
+    let matches = command.clone().get_matches();
+    let service = S::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     if let Err(fault) = service.check() {
-        settings::refuse(&[fault]);
+        command.error(ErrorKind::ArgumentConflict, fault).exit();
+    }
+    if matches.subcommand().is_some() {
+        return health::check(service.health());
     }
     let common = service.common().clone();
     // The connector says at every attempt what `connection` says once.

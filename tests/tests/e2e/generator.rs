@@ -1,13 +1,10 @@
 //! Services 1 and 2.
 
 use std::collections::HashSet;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use contract::Parity;
 use futures::future::join_all;
 use futures::{FutureExt, StreamExt};
-use nix::sys::signal::Signal;
 use tests::{Broker, Pipeline, Process, Scratch, connect, eventually};
 
 async fn start(scratch: &Scratch, broker: &Broker, parity: Parity) -> Process {
@@ -15,78 +12,6 @@ async fn start(scratch: &Scratch, broker: &Broker, parity: Parity) -> Process {
     let mut process = Process::start(scratch, "generator", &args);
     process.wait_for("answering").await;
     process
-}
-
-/// Requests from several clients at once, of which none is dropped while replicas come and go.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sigterm_drops_no_request() {
-    let scratch = Scratch::new();
-    let broker = Broker::start(&scratch).await;
-    let _stays = start(&scratch, &broker, Parity::Odd).await;
-    let client = connect(&broker).await;
-    let stop = Arc::new(AtomicBool::new(false));
-    let askers: Vec<_> = (0..32)
-        .map(|_| {
-            let (client, stop) = (client.clone(), stop.clone());
-            tokio::spawn(async move {
-                let mut answered = 0;
-                while !stop.load(Ordering::Relaxed) {
-                    let reply = client.request(Parity::Odd.subject(), "".into()).await;
-                    let reply = reply.map_err(|e| format!("after {answered} answers: {e}"))?;
-                    Parity::Odd.decode_reply(&reply.payload).map_err(|e| e.to_string())?;
-                    answered += 1;
-                }
-                Ok::<_, String>(answered)
-            })
-        })
-        .collect();
-    for _ in 0..10 {
-        let mut goes = start(&scratch, &broker, Parity::Odd).await;
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-        assert!(goes.terminate().await.success());
-    }
-    stop.store(true, Ordering::Relaxed);
-    for answered in join_all(askers).await {
-        assert!(answered.unwrap().unwrap() > 100);
-    }
-}
-
-/// The same with requests that come at a steady rate, also after the connection was lost once.
-#[tokio::test]
-async fn sigterm_drops_no_request_at_any_rate() {
-    let scratch = Scratch::new();
-    let mut broker = Broker::start(&scratch).await;
-    let stays = start(&scratch, &broker, Parity::Odd).await;
-    let mut goes = start(&scratch, &broker, Parity::Odd).await;
-    let mut client = connect(&broker).await;
-    for (pause_ms, restart) in [(200, false), (20, false), (2, false), (2, true)] {
-        if restart {
-            broker.kill();
-            broker.restart(&scratch).await;
-            client = connect(&broker).await;
-            eventually("both are back", async || {
-                tests::services(&client, "PING.odd").await.len() == 2
-            })
-            .await;
-        }
-        let mut requests = Vec::new();
-        for n in 0..1200 / pause_ms {
-            let client = client.clone();
-            requests.push(tokio::spawn(async move {
-                client.request(Parity::Odd.subject(), "".into()).await
-            }));
-            if n == 600 / pause_ms {
-                goes.signal(Signal::SIGTERM);
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(pause_ms)).await;
-        }
-        for reply in join_all(requests).await {
-            reply.unwrap().unwrap();
-        }
-        assert!(goes.wait().await.success());
-        goes = start(&scratch, &broker, Parity::Odd).await;
-    }
-    drop(stays);
 }
 
 #[tokio::test]

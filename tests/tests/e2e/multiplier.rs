@@ -90,6 +90,26 @@ async fn a_generator_that_is_killed_or_frozen_costs_no_number() {
     assert_one_draw_a_slot(&pipeline).await;
 }
 
+/// A request that was on its way to a generator that stops is asked again.
+#[tokio::test]
+async fn generators_may_come_and_go() {
+    let pipeline = Pipeline::new().await;
+    let mut generators = pipeline.generators().await.map(|generator| (generator, Parity::Even));
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    let _multiplier = pipeline.multiplier(100).await;
+    generators.iter_mut().skip(2).for_each(|(_, parity)| *parity = Parity::Odd);
+    for (generator, parity) in &mut generators {
+        for _ in 0..5 {
+            let new = pipeline.generator(*parity).await;
+            let mut old = std::mem::replace(generator, new);
+            assert!(old.terminate().await.success());
+            ticks.take(2).await;
+        }
+    }
+    let audit = Audit::of(&pipeline.client).await;
+    assert_eq!((audit.missed(), audit.without_numbers()), (vec![], vec![]));
+}
+
 #[tokio::test]
 async fn without_generators_draws_say_so_and_go_on_when_one_is_back() {
     let pipeline = Pipeline::new().await;

@@ -38,7 +38,7 @@ async fn what_did_not_change_is_not_sent_again() {
 }
 
 #[tokio::test]
-async fn every_encoding_holds_the_same() {
+async fn gzip_holds_the_same() {
     let pipeline = Pipeline::new().await;
     for slot in 1..=120 {
         pipeline.publish(slot).await;
@@ -47,27 +47,17 @@ async fn every_encoding_holds_the_same() {
     sequences(&address, 120).await;
     let plain = get(&address, "/numbers", &[]).await;
     assert_eq!(plain.header("content-encoding"), None);
-    let decoded = |name: &str, bytes: &[u8]| {
-        let mut out = Vec::new();
-        let read = match name {
-            "gzip" => flate2::read::GzDecoder::new(bytes).read_to_end(&mut out),
-            "br" => brotli::Decompressor::new(bytes, 4096).read_to_end(&mut out),
-            _ => zstd::stream::copy_decode(bytes, &mut out).map(|()| out.len()),
-        };
-        read.unwrap();
-        out
-    };
-    for name in ["gzip", "br", "zstd"] {
-        let header = format!("Accept-Encoding: {name}");
-        let answer = get(&address, "/numbers", &[&header]).await;
-        assert_eq!(answer.header("content-encoding"), Some(name));
-        assert_eq!(answer.header("vary"), Some("Accept, Accept-Encoding"));
-        assert!(answer.bytes.len() < plain.bytes.len() / 3, "{name}");
-        assert_eq!(decoded(name, &answer.bytes), plain.bytes, "{name}");
-        let head = request(&address, "HEAD", "/numbers", &[&header]).await;
-        assert_eq!((head.status, head.bytes.len()), (200, 0));
-        assert_eq!(head.header("content-length"), answer.header("content-length"));
-    }
+    let accepts = ["Accept-Encoding: gzip, deflate, br, zstd"];
+    let answer = get(&address, "/numbers", &accepts).await;
+    assert_eq!(answer.header("content-encoding"), Some("gzip"));
+    assert_eq!(answer.header("vary"), Some("Accept, Accept-Encoding"));
+    assert!(answer.bytes.len() < plain.bytes.len() / 3);
+    let mut decoded = Vec::new();
+    flate2::read::GzDecoder::new(&*answer.bytes).read_to_end(&mut decoded).unwrap();
+    assert_eq!(decoded, plain.bytes);
+    let head = request(&address, "HEAD", "/numbers", &accepts).await;
+    assert_eq!((head.status, head.bytes.len()), (200, 0));
+    assert_eq!(head.header("content-length"), answer.header("content-length"));
 }
 
 #[tokio::test]
