@@ -7,6 +7,7 @@ use contract::streams::DUPLICATE_WINDOW;
 use contract::{Draw, Message, Product, Slot, SlotLength};
 use runtime::history::Entry;
 use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 /// The draw of each slot.
 pub struct Draws {
@@ -85,15 +86,17 @@ impl Display for Draws {
         let gaps = || slots.windows(2).map(|pair| (pair[0], pair[1].0 - pair[0].0 - 1));
         let pauses: Vec<_> = gaps().filter(|(_, missing)| *missing > 0).collect();
         let missing: u64 = pauses.iter().map(|(_, missing)| missing).sum();
-        let (ticks, count) = (slots.len(), pauses.len());
-        write!(f, "draws      {ticks} in the last 20 minutes; {count} pauses, {missing} slots")?;
+        let (draws, count) = (slots.len(), pauses.len());
+        writeln!(f, "draws      {draws} in the last 20 minutes")?;
+        write!(f, "pauses     {count} ({missing} slots without a draw)")?;
         for (slot, missing) in pauses {
-            let after = OffsetDateTime::UNIX_EPOCH + self.slot_length.start_of(slot.next());
-            write!(f, "\npause      {missing} slots after slot {slot}, from {after}")?;
+            let from = OffsetDateTime::UNIX_EPOCH + self.slot_length.start_of(slot.next());
+            let from = from.format(&Rfc3339).unwrap_or_default();
+            write!(f, "\n           {missing} slots from {from}")?;
         }
         match self.due {
             0 => Ok(()),
-            due => write!(f, "\ndue        {due} numbers are drawn and not in the history yet"),
+            due => write!(f, "\ndue        {due} (drawn, and not in the history yet)"),
         }
     }
 }
@@ -125,8 +128,14 @@ mod tests {
         assert!(draws.published(Slot(11), product).unwrap_err().contains("drawn nothing"));
         assert_eq!(draws.lost(AT + DUPLICATE_WINDOW), Vec::<String>::new());
         let text = draws.to_string();
-        assert!(text.contains("3 in the last 20 minutes; 1 pauses, 2 slots"), "{text}");
-        assert!(text.contains("2 slots after slot 11") && text.contains("1 numbers"), "{text}");
+        for line in [
+            "draws      3 in",
+            "pauses     1 (2 slots",
+            "2 slots from 1970-01-01T00:00:06Z",
+            "due        1 (",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
         let lost = draws.lost(AT + DUPLICATE_WINDOW + Duration::from_secs(1));
         assert!(
             lost.len() == 1 && lost[0].contains("sequence 3: the number of slot 14"),
