@@ -16,8 +16,8 @@ pub const PUBLISH: &str = "numbers.publish";
 /// everybody subscribes to.
 pub const PUBLISHED: &str = "numbers.published";
 
-/// Whether a subject is one of these, or may become one. The sender of a request names the subject
-/// of the reply, so a service that replied to one of these could be made to write into a stream.
+/// Whether a subject is one of these, or may become one. No service replies to them: the sender of a
+/// request names the subject of the reply, and could have it written into a stream.
 #[must_use]
 pub fn is_ours(subject: &str) -> bool {
     subject.starts_with("numbers.") || subject.starts_with("ticks.")

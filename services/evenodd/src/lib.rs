@@ -5,6 +5,7 @@
 
 mod keys;
 mod provision;
+pub mod streams;
 mod takeover;
 mod token;
 mod up;

@@ -11,13 +11,13 @@ use async_nats::jetstream::context::{Context, GetStreamErrorKind};
 use async_nats::jetstream::stream::Config;
 use async_nats::jetstream::{self, ErrorCode};
 use clap::Args;
-use contract::streams;
+use contract::streams::TICKS;
 use runtime::connection;
 use runtime::settings::{NatsSettings, milliseconds};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::USER;
+use crate::{USER, streams};
 
 /// Make the streams, or compare them with what they must be
 ///
@@ -224,7 +224,7 @@ fn loses_nothing(stream: &str, change: &Difference) -> bool {
             change.wanted.as_i64() == Some(-1)
         }
         // Draws are no history.
-        "max_age" => change.wanted.as_u64() == Some(0) || stream == streams::TICKS,
+        "max_age" => change.wanted.as_u64() == Some(0) || stream == TICKS,
         "discard" => change.wanted == "new",
         _ => false,
     }
@@ -233,6 +233,7 @@ fn loses_nothing(stream: &str, change: &Difference) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use contract::streams::NUMBERS;
 
     fn refused(change: impl Fn(&mut Config)) -> bool {
         let wanted = streams::numbers(3);
@@ -240,7 +241,7 @@ mod tests {
         change(&mut has);
         let differences = differences(&has, &wanted).unwrap();
         assert!(!differences.is_empty(), "nothing differs");
-        !differences.iter().all(|change| loses_nothing(streams::NUMBERS, change))
+        !differences.iter().all(|change| loses_nothing(NUMBERS, change))
     }
 
     #[test]
@@ -274,7 +275,7 @@ mod tests {
         let mut wanted = streams::numbers(1);
         wanted.max_messages = 1;
         let differences = differences(&streams::numbers(1), &wanted).unwrap();
-        let applied = differences.iter().any(|change| loses_nothing(streams::NUMBERS, change));
+        let applied = differences.iter().any(|change| loses_nothing(NUMBERS, change));
         assert!(!applied, "{differences:?}");
     }
 }

@@ -13,7 +13,7 @@ use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{Info, State};
 use async_nats::{Client, ServerAddr};
 use clap::Args;
-use contract::streams::{self, NUMBERS};
+use contract::streams::NUMBERS;
 use futures::StreamExt;
 use indicatif::ProgressBar;
 use runtime::connection;
@@ -21,7 +21,7 @@ use runtime::jetstream::{self, NoStream};
 use runtime::settings::{NatsSettings, server};
 use serde_json::{Value, json};
 
-use crate::USER;
+use crate::{USER, streams};
 
 /// How long the servers may take to begin and to end: the snapshot is checked before, and the
 /// index made afterwards.

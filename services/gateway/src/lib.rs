@@ -45,6 +45,7 @@ const ABOUT: Description = Description {
     description: "serves the published numbers to HTTP clients",
     version: env!("CARGO_PKG_VERSION"),
     subject: subjects::PUBLISHED,
+    reserved: subjects::is_ours,
 };
 
 /// Serves the published numbers to HTTP clients.

@@ -6,10 +6,10 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use async_nats::{Client, Message};
+use async_nats::{Client, Subject};
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use contract::Parity;
+use contract::{Parity, subjects};
 use futures::StreamExt;
 use runtime::health::HealthSettings;
 use runtime::micro::{self, Counters, Description};
@@ -60,6 +60,7 @@ impl Service for Settings {
             },
             version: env!("CARGO_PKG_VERSION"),
             subject: parity.subject(),
+            reserved: subjects::is_ours,
         };
         let micro = micro::announce(&client, about).await?;
         let queue_group = parity.name().to_owned();
@@ -72,7 +73,7 @@ impl Service for Settings {
                 never = &mut health => match never {},
                 () = shutdown.cancelled() => break,
                 request = requests.next() => match request {
-                    Some(request) => answer(&client, parity, request, &micro.counters).await,
+                    Some(request) => answer(&client, parity, about.reply_subject(request), &micro.counters).await,
                     None => anyhow::bail!("the connection to NATS was closed"),
                 },
             }
@@ -83,8 +84,8 @@ impl Service for Settings {
     }
 }
 
-async fn answer(client: &Client, parity: Parity, request: Message, counters: &Counters) {
-    let Some(reply) = micro::reply_subject(request) else { return };
+async fn answer(client: &Client, parity: Parity, reply: Option<Subject>, counters: &Counters) {
+    let Some(reply) = reply else { return };
     let begun = Instant::now();
     let payload = Parity::encode_reply(random(parity));
     let sent = client.publish(reply, payload.into()).await;

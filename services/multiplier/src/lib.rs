@@ -38,6 +38,7 @@ const ABOUT: Description = Description {
     description: "multiplies an even and an odd number twice a second",
     version: env!("CARGO_PKG_VERSION"),
     subject: subjects::DONE,
+    reserved: subjects::is_ours,
 };
 
 /// How long the acknowledgement of a publication may take before it is sent again.

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_nats::{Client, Message, Subject};
-use contract::subjects;
 use futures::StreamExt;
 use futures::stream::select_all;
 use serde_json::{Value, json};
@@ -28,6 +27,9 @@ pub struct Description {
     /// The subject that its work is about: the one it answers on, or else the one it writes or
     /// reads. The statistics are about this.
     pub subject: &'static str,
+    /// The subjects to which no answer is sent. The sender of a request names the subject of the answer,
+    /// and could otherwise have the service write where the pipeline itself writes.
+    pub reserved: fn(&str) -> bool,
 }
 
 /// What a replica did since it started.
@@ -78,7 +80,7 @@ pub async fn announce(client: &Client, about: Description) -> anyhow::Result<Mic
             while let Some(question) = questions.next().await {
                 let answer = answer(&question, about, &id, &started, &counters);
                 // Without a connection nobody hears.
-                if let (Some(reply), Some(answer)) = (reply_subject(question), answer) {
+                if let (Some(reply), Some(answer)) = (about.reply_subject(question), answer) {
                     let _ = client.publish(reply, answer.to_string().into()).await;
                 }
             }
@@ -87,11 +89,12 @@ pub async fn announce(client: &Client, about: Description) -> anyhow::Result<Mic
     Ok(Micro { id, counters, _answers: AbortOnDropHandle::new(answers) })
 }
 
-/// Where the answer to a request goes: nowhere if nobody waits for it, or if the subject that was
-/// named for it is one of the pipeline's own.
-#[must_use]
-pub fn reply_subject(request: Message) -> Option<Subject> {
-    request.reply.filter(|reply| !subjects::is_ours(reply))
+impl Description {
+    /// Where the answer to a request goes, if one is waited for and may be sent there.
+    #[must_use]
+    pub fn reply_subject(&self, request: Message) -> Option<Subject> {
+        request.reply.filter(|reply| !(self.reserved)(reply))
+    }
 }
 
 fn answer(

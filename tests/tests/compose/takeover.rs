@@ -1,7 +1,8 @@
 //! A history that was made on one machine moves into the cluster.
 
-use contract::streams::{self, NUMBERS};
+use contract::streams::NUMBERS;
 use contract::{Message, Product, Slot, subjects};
+use evenodd::streams;
 use runtime::history::{self, MAX_BATCH};
 use runtime::jetstream;
 use std::time::Duration;

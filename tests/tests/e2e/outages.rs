@@ -4,8 +4,8 @@ use std::fs;
 use std::time::Duration;
 
 use async_nats::jetstream::{self, stream};
-use contract::streams;
 use contract::{Message, Product, Slot, subjects};
+use evenodd::streams;
 use tests::{Audit, Broker, Pipeline, Scratch, Ticks, eventually, repository};
 use tokio::time::sleep;
 

@@ -46,7 +46,7 @@ async fn sigterm_with_products_due() {
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
     let context = async_nats::jetstream::new(pipeline.client.clone());
-    let numbers = contract::streams::numbers(1);
+    let numbers = evenodd::streams::numbers(1);
     let mut elsewhere = numbers.clone();
     elsewhere.subjects = vec!["elsewhere".into()];
     for comes_back in [true, false] {

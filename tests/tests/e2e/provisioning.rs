@@ -1,8 +1,9 @@
 //! `evenodd provision`.
 
 use async_nats::jetstream::{self, stream};
-use contract::streams::{self, NUMBERS, TICKS, TICKS_AGE};
+use contract::streams::{NUMBERS, TICKS, TICKS_AGE};
 use contract::{Message, Product, subjects};
+use evenodd::streams;
 use futures::StreamExt;
 use tests::{Broker, Pipeline, Process, Scratch, connect};
 

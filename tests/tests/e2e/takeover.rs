@@ -1,5 +1,6 @@
 //! `evenodd takeover`: a history is copied from one broker to another.
 
+use evenodd::streams;
 use runtime::history::{self, MAX_BATCH};
 use tests::{Broker, Pipeline, Process, Scratch, connect};
 
@@ -18,6 +19,10 @@ async fn sequences_and_times_are_kept_and_nothing_is_overwritten() {
         old.publish(1000 + slot).await;
     }
     old.store(9000, b"no number".to_vec()).await;
+    // The old broker may have the settings of a former version.
+    let mut former = streams::numbers(1);
+    (former.subjects, former.republish) = (vec!["numbers.published".into()], None);
+    async_nats::jetstream::new(old.client.clone()).update_stream(&former).await.unwrap();
     let scratch = Scratch::new();
     let new = Broker::start(&scratch).await;
     let (status, output) = takeover(&old.broker, &new, &scratch).await;
