@@ -1,6 +1,8 @@
 # `make help` lists what there is. Every target does its own set-up.
 
 CARGO ?= cargo
+# Here and in the README binaries are in ./target.
+unexport CARGO_TARGET_DIR
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-page test-api test-compose check bench up update down logs clean

@@ -3,7 +3,7 @@
 //!
 //! Clients and servers share the machine here, so the clients are part of every figure.
 
-#![allow(clippy::unwrap_used, clippy::print_stdout)]
+#![allow(clippy::disallowed_types, clippy::unwrap_used, clippy::print_stdout)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

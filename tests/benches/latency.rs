@@ -1,6 +1,6 @@
 //! How long the steps of a tick take on this machine: `make bench`.
 
-#![allow(clippy::unwrap_used, clippy::print_stdout)]
+#![allow(clippy::disallowed_types, clippy::unwrap_used, clippy::print_stdout)]
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 

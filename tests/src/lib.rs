@@ -4,7 +4,12 @@
 //! Everything a test starts has ports of its own, a directory of its own, and ends with the test.
 //! The directory of a test that failed is kept, and its path printed.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr, clippy::missing_panics_doc)]
+#![allow(
+    clippy::disallowed_types,
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::missing_panics_doc
+)]
 
 mod broker;
 pub mod brokers;

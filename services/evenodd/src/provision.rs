@@ -11,7 +11,7 @@ use async_nats::jetstream::context::{Context, GetStreamErrorKind};
 use async_nats::jetstream::stream::Config;
 use async_nats::jetstream::{self, ErrorCode};
 use clap::Args;
-use contract::streams::TICKS;
+use contract::streams::{NUMBERS, TICKS};
 use runtime::connection;
 use runtime::settings::{NatsSettings, milliseconds};
 use serde_json::{Value, json};
@@ -208,16 +208,18 @@ fn differences(has: &Config, wanted: &Config) -> anyhow::Result<Vec<Difference>>
         .collect())
 }
 
-/// The subjects of the streams before the server republished what they store. What is stored is not
-/// touched when they change.
-const FORMER_SUBJECTS: [&str; 2] = ["numbers.published", "ticks.claim"];
+/// The subject of each stream before the server republished what it stores. What is stored is not
+/// touched when it changes.
+const FORMER_SUBJECTS: [(&str, &str); 2] = [(NUMBERS, "numbers.published"), (TICKS, "ticks.claim")];
 
 /// Whether a change can be made without any risk for what is stored.
 fn loses_nothing(stream: &str, change: &Difference) -> bool {
     match change.setting.as_str() {
         "description" | "allow_direct" | "deny_delete" | "deny_purge" | "compression"
         | "republish" => true,
-        "subjects" => FORMER_SUBJECTS.iter().any(|former| change.has == json!([former])),
+        "subjects" => FORMER_SUBJECTS
+            .iter()
+            .any(|(of, former)| *of == stream && change.has == json!([former])),
         "num_replicas" | "duplicate_window" => change.wanted.as_u64() > change.has.as_u64(),
         // A limit may be taken away. Setting one, or another one, throws messages away.
         "max_msgs" | "max_bytes" | "max_msgs_per_subject" | "max_msg_size" => {
@@ -233,7 +235,6 @@ fn loses_nothing(stream: &str, change: &Difference) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use contract::streams::NUMBERS;
 
     fn refused(change: impl Fn(&mut Config)) -> bool {
         let wanted = streams::numbers(3);

@@ -6,7 +6,7 @@
 //! well, but needs the two brokers to be connected as leaf nodes for as long as it takes.
 
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use async_nats::jetstream::response::Response;
@@ -20,6 +20,7 @@ use runtime::connection;
 use runtime::jetstream::{self, NoStream};
 use runtime::settings::{NatsSettings, server};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::{USER, streams};
 

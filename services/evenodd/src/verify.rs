@@ -94,7 +94,7 @@ impl Verify {
             progress.set_position(check.next_sequence - 1);
         }
         progress.finish_and_clear();
-        check.end(OffsetDateTime::now_utc());
+        check.end();
         let summary = check.summary();
         for line in check.faults.drain(..).chain([summary]) {
             writeln!(std::io::stdout(), "{line}")?;
@@ -179,8 +179,8 @@ impl Check {
     }
 
     /// After all messages.
-    fn end(&mut self, now: OffsetDateTime) {
-        for fault in self.draws.lost(now) {
+    fn end(&mut self) {
+        for fault in self.draws.lost() {
             self.note(fault);
         }
     }
@@ -212,7 +212,9 @@ impl Check {
         let slot = entry.message_id.as_deref().and_then(|id| id.parse().ok());
         match Product::decode(&entry.payload) {
             Ok(product) if product.is_above_threshold() => {
-                if let Some(Err(fault)) = slot.map(|slot| self.draws.published(slot, product)) {
+                if let Some(Err(fault)) =
+                    slot.map(|slot| self.draws.published(slot, product, entry.time))
+                {
                     self.fault(entry.sequence, fault);
                 }
             }
@@ -238,8 +240,7 @@ impl Check {
     fn slot(&mut self, entry: &Entry, slot: Slot) {
         let sequence = entry.sequence;
         // A slot that cannot be must not become the one that others are compared with.
-        let stored = entry.time - OffsetDateTime::UNIX_EPOCH;
-        if self.slot_length.start_of(slot) > stored + CLOCK_SKEW {
+        if self.slot_length.start_of(slot) > entry.since_epoch() + CLOCK_SKEW {
             let what = format_args!("slot {slot} was not yet when it was stored");
             return self.fault(sequence, what);
         }

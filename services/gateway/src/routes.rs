@@ -1,13 +1,14 @@
 //! What is answered to which request.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use runtime::connection;
 use runtime::history::{MAX_BATCH, Start};
 use serde::Serialize;
 use serde_json::json;
+use tokio::time::Instant;
 use tracing::debug;
 use warp::filters::BoxedFilter;
 use warp::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};

@@ -4,7 +4,6 @@
 //! its statistics. It has no state: any number of replicas share the requests as a queue group.
 
 use std::net::SocketAddr;
-use std::time::Instant;
 
 use async_nats::{Client, Subject};
 use clap::Parser;
@@ -15,6 +14,7 @@ use runtime::health::HealthSettings;
 use runtime::micro::{self, Counters, Description};
 use runtime::settings::CommonSettings;
 use runtime::{Service, connection};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 

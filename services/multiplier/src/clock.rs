@@ -1,25 +1,27 @@
 //! The clock: it starts each slot once, and knows which slots are stored already.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use contract::streams::DUPLICATE_WINDOW;
 use contract::{Draw, Message, Slot, SlotLength};
+use futures::{Stream, StreamExt};
 use runtime::history::Entry;
-use tokio::sync::watch;
-use tokio::time::{Instant, sleep};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::warn;
+
+use crate::outbox::World;
 
 /// A slot is given up at this age: 30 s before the stream forgets its message id, so that neither a
 /// publication under way nor [`TOLERANCE`] can make a retry a second message.
 const MAX_AGE: Duration = DUPLICATE_WINDOW.saturating_sub(Duration::from_secs(30));
 /// How far the clocks of two replicas may differ, and both still draw. Also how old the knowledge of
 /// what is stored may be.
-pub const TOLERANCE: Duration = Duration::from_secs(10);
+const TOLERANCE: Duration = Duration::from_secs(10);
 /// A clock that differs more than this from the broker's is reported.
 const OFFSET: Duration = Duration::from_secs(1);
-/// How often to look at a clock that is behind.
-const CHECK: Duration = Duration::from_secs(10);
 
 /// One slot, from the moment in which it begins.
 #[derive(Clone, Copy, Debug)]
@@ -38,12 +40,12 @@ pub struct Clock {
     /// How long a slot is.
     pub length: SlotLength,
     wall: Arc<dyn Fn() -> Duration + Send + Sync>,
-    heard: Arc<watch::Sender<Heard>>,
+    known: Arc<watch::Sender<Known>>,
 }
 
 /// What is known of the draws that are stored.
 #[derive(Clone, Copy, Default)]
-struct Heard {
+struct Known {
     /// The latest slot of them.
     latest: Slot,
     /// When that was heard, at the moment in which it was stored.
@@ -61,20 +63,60 @@ fn is_recent(at: Option<Instant>) -> bool {
 impl Clock {
     /// `wall` gives the time since the Unix epoch.
     pub fn new(length: SlotLength, wall: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
-        Self { length, wall: Arc::new(wall), heard: Arc::default() }
+        Self { length, wall: Arc::new(wall), known: Arc::default() }
     }
 
-    /// The slot of this moment.
-    #[must_use]
-    pub fn slot(&self) -> Slot {
-        self.length.slot_at((self.wall)())
+    /// Starts one slot after the other, for ever.
+    pub async fn run(&self, queue: mpsc::Sender<Turn>) -> Infallible {
+        let mut last = self.length.slot_at((self.wall)());
+        loop {
+            let turn = self.next(last).await;
+            last = turn.slot;
+            // At two slots a second there is always room. The outbox ends later than this.
+            let _ = queue.send(turn).await;
+        }
+    }
+
+    /// Learns what is stored: from draws that are heard, until there are no more, and by reading
+    /// while those tell nothing. `id` is that of this replica.
+    pub async fn follow(
+        &self,
+        world: &impl World,
+        mut heard: impl Stream<Item = Entry> + Unpin,
+        id: &str,
+    ) {
+        let mut fault = None;
+        loop {
+            let pause = match world.latest().await {
+                Ok(entries) => {
+                    self.learn(&entries);
+                    fault = None;
+                    TOLERANCE / 3
+                }
+                Err(error) => {
+                    let error = Some(error.to_string());
+                    if error != fault {
+                        warn!(error, "cannot read TICKS; no slot begins until it can be read");
+                        fault = error;
+                    }
+                    TOLERANCE / 50
+                }
+            };
+            let mut until = Instant::now() + pause;
+            while let Ok(entry) = timeout_at(until, heard.next()).await {
+                let Some(entry) = entry else { return };
+                if self.hear(&entry, id) {
+                    until = Instant::now() + TOLERANCE / 3;
+                }
+            }
+        }
     }
 
     /// Waits for a slot later than `last` to begin. A replica that was stopped for a while goes on
     /// with the slot of this moment. One whose clock is behind `last`, or behind what is stored, waits
     /// for it, and so does one that does not know what is stored: the stream may have forgotten the
     /// message ids of these slots, and would store them again.
-    pub async fn next(&self, last: Slot) -> Turn {
+    async fn next(&self, last: Slot) -> Turn {
         let mut told = false;
         loop {
             let Some(first) = self.first() else {
@@ -91,60 +133,63 @@ impl Clock {
                 return Turn { slot, began, ends: Instant::now() + left };
             }
             if wait > self.length.duration() + OFFSET && !told {
-                let wait_s = wait.as_secs();
-                warn!(%first, wait_s, "the clock is behind slots that are stored: waiting for it");
+                warn!(%first, ?wait, "the clock is behind slots that are stored: waiting for it");
                 told = true;
             }
-            sleep(wait.min(CHECK)).await;
+            sleep(wait.min(TOLERANCE)).await;
         }
     }
 
     /// The first slot that may be drawn, if it is known what is stored. What was stored just now the
     /// stream remembers for long enough.
     fn first(&self) -> Option<Slot> {
-        let Heard { latest, live, read, .. } = *self.heard.borrow();
+        let Known { latest, live, read, .. } = *self.known.borrow();
         let next = self.length.start_of(latest.next());
         let first = if is_recent(live) { next.saturating_sub(TOLERANCE) } else { next };
         (is_recent(live) || is_recent(read)).then(|| self.length.slot_at(first))
     }
 
-    /// Takes note of the draws that were stored last.
-    pub fn learn(&self, entries: &[Entry]) {
+    /// Takes note of the draws that were stored last. What is read counts more than what was heard: where
+    /// there are no keys, anybody may say anything on `ticks.done`.
+    fn learn(&self, entries: &[Entry]) {
         let latest = entries.iter().filter_map(|entry| self.slot_of(entry)).max();
-        self.heard.send_modify(|heard| {
-            heard.latest = heard.latest.max(latest.unwrap_or_default());
-            heard.read = Some(Instant::now());
+        self.known.send_modify(|known| {
+            known.latest = latest.unwrap_or(known.latest);
+            known.read = Some(Instant::now());
         });
     }
 
-    /// The slot of a stored draw, unless it lies in the future: one replica whose clock is far ahead
-    /// must not stop the others.
+    /// Up to which slot draws may be stored, by this one. If it lies far in the broker's future, that
+    /// is the broker's time: one replica whose clock is far ahead must not stop the others.
     fn slot_of(&self, entry: &Entry) -> Option<Slot> {
-        let slot = Draw::decode(&entry.payload).ok()?.slot;
-        (self.length.start_of(slot) <= entry.since_epoch() + TOLERANCE).then_some(slot)
+        let (slot, stored) = (Draw::decode(&entry.payload).ok()?.slot, entry.since_epoch());
+        let is_near = self.length.start_of(slot) <= stored + TOLERANCE;
+        Some(if is_near { slot } else { self.length.slot_at(stored) })
     }
 
     /// Takes note of a draw in the moment in which it is stored. Reports this machine's clock, once,
-    /// if the draw shows that it differs from the broker's; `id` is that of this replica.
-    pub fn hear(&self, entry: &Entry, id: &str) {
-        let Ok(draw) = Draw::decode(&entry.payload) else { return };
+    /// if the draw shows that it differs from the broker's; `id` is that of this replica. Returns whether
+    /// the draw is of the latest slot.
+    fn hear(&self, entry: &Entry, id: &str) -> bool {
+        let Ok(draw) = Draw::decode(&entry.payload) else { return false };
         let (began, stored) = (self.length.start_of(draw.slot), entry.since_epoch());
         let own = draw.multiplier == id;
         // Either is certain, however late the draw is heard.
         let ahead = if own { began.saturating_sub(stored) } else { Duration::ZERO };
         let behind = stored.saturating_sub((self.wall)());
         let is_off = ahead.max(behind) > OFFSET;
-        self.heard.send_modify(|heard| {
-            if is_off && !heard.is_off {
-                let (ahead_ms, behind_ms) = (ahead.as_millis(), behind.as_millis());
-                warn!(ahead_ms, behind_ms, "this clock differs from the broker's; is NTP running?");
+        let slot = self.slot_of(entry).unwrap_or_default();
+        self.known.send_if_modified(|known| {
+            if is_off && !known.is_off {
+                warn!(?ahead, ?behind, "this clock differs from the broker's; is NTP running?");
             }
-            if let Some(slot) = self.slot_of(entry).filter(|slot| *slot >= heard.latest) {
-                heard.latest = slot;
-                heard.live = Some(Instant::now());
+            known.is_off = is_off || known.is_off && !own;
+            let is_latest = slot >= known.latest;
+            if is_latest {
+                (known.latest, known.live) = (slot, Some(Instant::now()));
             }
-            heard.is_off = is_off || heard.is_off && !own;
-        });
+            is_latest
+        })
     }
 
     /// Until when to ask generators: nine tenths of the slot, the rest is for the publications; and

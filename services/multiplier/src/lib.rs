@@ -9,11 +9,12 @@ pub mod clock;
 mod numbers;
 pub mod outbox;
 
-use std::convert::Infallible;
+use std::future::ready;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use async_nats::{Client, Subscriber};
+use anyhow::Context;
+use async_nats::Client;
 use clap::Parser;
 use contract::streams::TICKS;
 use contract::{Draw, Parity, Slot, SlotLength, subjects};
@@ -28,9 +29,9 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{info, warn};
+use tracing::info;
 
-use crate::clock::{Clock, TOLERANCE, Turn};
+use crate::clock::Clock;
 use crate::outbox::{CAPACITY, Outbox, World};
 
 const ABOUT: Description = Description {
@@ -97,84 +98,33 @@ pub async fn run(
     drain: Duration,
 ) -> anyhow::Result<()> {
     let micro = micro::announce(&client, ABOUT).await?;
+    // Only what the server republishes has the headers of an entry.
     let draws = client.subscribe(subjects::DONE).await?;
+    let draws = draws.filter_map(|message| ready(Entry::try_from(message).ok()));
     let (queue, turns) = mpsc::channel(CAPACITY);
     // Another request for a number every 20 ms.
     let world = Nats { client: client.clone(), hedge_after: clock.length.duration() / 25 };
-    let outbox = Outbox::new(&micro.id, clock.clone(), world, shutdown.clone(), rand::random());
+    let outbox = Outbox::new(&micro.id, clock.clone(), world.clone(), rand::random());
     let counters = micro.counters.clone();
     let settled = move |draw: &Draw, took| counters.count(took, draw.product().is_none());
     let mut outbox = AbortOnDropHandle::new(tokio::spawn(outbox.run(turns, settled)));
     info!(id = micro.id, "ticking");
     tokio::select! {
         () = shutdown.cancelled() => {}
-        never = tick(&clock, queue) => match never {},
-        () = inform(&client, draws, &clock, &micro.id) => anyhow::bail!("the connection to NATS was closed"),
+        never = clock.run(queue) => match never {},
+        () = clock.follow(&world, draws, &micro.id) => anyhow::bail!("the connection to NATS was closed"),
         result = &mut outbox => return Ok(result?),
     }
-    match timeout(drain, outbox).await {
-        Ok(ended) => ended?,
-        Err(_) => anyhow::bail!(
-            "NATS did not acknowledge a slot within {} ms: its number is lost, unless another \
-             replica publishes it",
-            drain.as_millis()
-        ),
-    }
+    timeout(drain, outbox).await.with_context(|| {
+        let drain_ms = drain.as_millis();
+        format!("NATS did not take all slots within {drain_ms} ms: their numbers are lost, unless another replica publishes them")
+    })??;
     connection::flush(&client).await;
     Ok(())
 }
 
-/// Starts one slot after the other.
-async fn tick(clock: &Clock, queue: mpsc::Sender<Turn>) -> Infallible {
-    let mut last = clock.slot();
-    loop {
-        let turn = clock.next(last).await;
-        last = turn.slot;
-        // At two slots a second there is always room. The outbox ends later than this.
-        let _ = queue.send(turn).await;
-    }
-}
-
-/// Keeps the clock informed of what is stored, until the connection is closed.
-async fn inform(client: &Client, mut draws: Subscriber, clock: &Clock, id: &str) {
-    let mut fault = None;
-    loop {
-        let pause = match latest(client).await {
-            Ok(entries) => {
-                clock.learn(&entries);
-                fault = None;
-                TOLERANCE / 3
-            }
-            Err(error) => {
-                let error = Some(error.to_string());
-                if error != fault {
-                    warn!(
-                        error,
-                        "cannot read what is stored, and begins no slot without; retrying"
-                    );
-                    fault = error;
-                }
-                TOLERANCE / 50
-            }
-        };
-        // While draws are heard nothing has to be read.
-        while let Ok(message) = timeout(pause, draws.next()).await {
-            let Some(message) = message else { return };
-            // Only what the server republishes has the headers of an entry.
-            if let Ok(entry) = Entry::try_from(message) {
-                clock.hear(&entry, id);
-            }
-        }
-    }
-}
-
-/// The draws that were stored last. After an outage the last one need not be of the latest slot.
-async fn latest(client: &Client) -> Result<Vec<Entry>, ReadError> {
-    let last = history::last(client, TICKS).await?.map_or(1, |last| last.sequence);
-    history::read(client, TICKS, last.saturating_sub(MAX_BATCH as u64 - 1), MAX_BATCH).await
-}
-
 /// The generators and the streams, by NATS.
+#[derive(Clone)]
 struct Nats {
     client: Client,
     hedge_after: Duration,
@@ -196,6 +146,15 @@ impl World for Nats {
             return Err(PublishError::Failed("not connected to NATS".to_owned()));
         }
         jetstream::publish(&self.client, subject, slot, payload.into(), ACK_TIMEOUT).await
+    }
+
+    async fn latest(&self) -> Result<Vec<Entry>, ReadError> {
+        if !connection::is_connected(&self.client) {
+            return Err(ReadError::TimedOut(TICKS));
+        }
+        let last = history::last(&self.client, TICKS).await?.map_or(1, |last| last.sequence);
+        let from = last.saturating_sub(MAX_BATCH as u64 - 1);
+        history::read(&self.client, TICKS, from, MAX_BATCH).await
     }
 
     async fn read(&self, sequence: u64) -> Result<Option<Entry>, ReadError> {

@@ -14,7 +14,6 @@ use runtime::history::{Entry, ReadError};
 use runtime::jetstream::{Ack, PublishError};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
-use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use crate::clock::{Clock, Turn};
@@ -24,6 +23,10 @@ pub const CAPACITY: usize = 1200;
 /// Pauses between two attempts, doubling from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LAST_PAUSE: Duration = Duration::from_millis(500);
+/// How often a draw that is stored is looked for: some 3 s. Then somebody has deleted it.
+const MAX_READS: u32 = 14;
+/// How many slots that were given up are reported in one line at the most: those of a minute.
+const REPORT: u64 = 120;
 
 /// What the outbox needs of the world.
 pub trait World: Send + Sync {
@@ -37,6 +40,10 @@ pub trait World: Send + Sync {
         slot: Slot,
         payload: Vec<u8>,
     ) -> impl Future<Output = Result<Ack, PublishError>> + Send;
+
+    /// The draws that were stored last, in the order of the stream: enough of them that the latest
+    /// slot is among them, also when draws of an outage were stored after it.
+    fn latest(&self) -> impl Future<Output = Result<Vec<Entry>, ReadError>> + Send;
 
     /// The first stored draw with this sequence or a greater one, as far as the replica of the
     /// stream that answers has it.
@@ -59,20 +66,18 @@ pub struct Outbox<W> {
     id: String,
     clock: Clock,
     world: W,
-    stop: CancellationToken,
     jitter: StdRng,
     /// Whether the last attempt failed.
     failing: bool,
-    /// The first and the last of the slots that were given up since one was settled, and how many.
+    /// The first and the last of the slots that were given up and not reported, and how many.
     given_up: Option<(Slot, Slot, u64)>,
 }
 
 impl<W: World> Outbox<W> {
-    /// For the replica with this id. After `stop` it finishes what may be due, and no more. `seed`
-    /// decides the length of pauses.
-    pub fn new(id: &str, clock: Clock, world: W, stop: CancellationToken, seed: u64) -> Self {
+    /// For the replica with this id. `seed` decides the length of pauses.
+    pub fn new(id: &str, clock: Clock, world: W, seed: u64) -> Self {
         let (id, jitter) = (id.to_owned(), StdRng::seed_from_u64(seed));
-        Self { id, clock, world, stop, jitter, failing: false, given_up: None }
+        Self { id, clock, world, jitter, failing: false, given_up: None }
     }
 
     /// Settles what comes, in its order, and tells `settled` which draw the stream keeps and how
@@ -82,64 +87,53 @@ impl<W: World> Outbox<W> {
         mut turns: mpsc::Receiver<Turn>,
         settled: impl Fn(&Draw, Duration) + Send,
     ) {
-        while let Some(turn) = turns.recv().await
-            && !self.stop.is_cancelled()
-        {
+        while let Some(turn) = turns.recv().await {
             let begun = Instant::now();
-            match self.settle(&turn).await {
-                Some(draw) => {
-                    self.tell_given_up();
-                    debug!(?draw, "settled");
-                    settled(&draw, begun.elapsed());
-                }
-                None => {
-                    let (first, _, slots) = self.given_up.unwrap_or((turn.slot, turn.slot, 0));
-                    self.given_up = Some((first, turn.slot, slots + 1));
-                }
+            let mut tick = Tick::new(turn.slot, &self.id);
+            if self.settle(&turn, &mut tick).await {
+                self.report_given_up();
+                debug!(draw = ?tick.draw, "settled");
+                settled(&tick.draw, begun.elapsed());
+                continue;
+            }
+            let (first, _, slots) = self.given_up.unwrap_or((turn.slot, turn.slot, 0));
+            self.given_up = Some((first, turn.slot, slots + 1));
+            if slots + 1 >= REPORT {
+                self.report_given_up();
             }
         }
-        self.tell_given_up();
+        self.report_given_up();
     }
 
-    /// The draw of the slot, once its product is in the history if it is due there; `None` if the
-    /// slot became too old, or if nothing is due and this replica stops.
-    async fn settle(&mut self, turn: &Turn) -> Option<Draw> {
-        let (slot, multiplier) = (turn.slot, self.id.clone());
-        let mut draw = Draw { slot, multiplier, even: None, odd: None };
-        let mut is_stored = false;
+    /// Tries until the slot has a draw, and its product is in the history if it is due there; or
+    /// (`false`) until the slot is too old.
+    async fn settle(&mut self, turn: &Turn, tick: &mut Tick) -> bool {
+        let slot = turn.slot;
         let mut pause = FIRST_PAUSE;
         while !self.clock.is_too_old(turn) {
-            if self.stop.is_cancelled() && draw.due().is_none() {
-                return None;
-            }
-            match self.attempt(turn, &mut draw, &mut is_stored).await {
-                Ok(()) => {
-                    if std::mem::take(&mut self.failing) {
-                        info!(%slot, "slots are settled again");
-                    }
-                    return Some(draw);
+            let Err(fault) = self.attempt(turn, tick).await else {
+                if std::mem::take(&mut self.failing) {
+                    info!(%slot, "slots are settled again");
                 }
-                // Both are a matter of milliseconds.
-                Err(Fault::Publish(PublishError::InProcess) | Fault::NotYet(_)) => {}
-                Err(fault) if !std::mem::replace(&mut self.failing, true) => {
-                    warn!(%slot, %fault, "not settled yet; retrying for nine and a half minutes");
-                }
-                Err(fault) => debug!(%slot, %fault, "not settled yet"),
+                return true;
+            };
+            // Most of the time a matter of milliseconds.
+            let passing =
+                matches!(fault, Fault::Publish(PublishError::InProcess) | Fault::NotYet(_));
+            if (passing && pause < LAST_PAUSE) || std::mem::replace(&mut self.failing, true) {
+                debug!(%slot, %fault, "not settled yet");
+            } else {
+                warn!(%slot, %fault, "not settled yet; retrying for nine and a half minutes");
             }
             sleep(pause.mul_f64(self.jitter.random_range(0.5..=1.0))).await;
             pause = LAST_PAUSE.min(pause * 2);
         }
-        None
+        false
     }
 
-    /// `draw` is this replica's until the stream has stored one for the slot, and then that one.
-    async fn attempt(
-        &self,
-        turn: &Turn,
-        draw: &mut Draw,
-        is_stored: &mut bool,
-    ) -> Result<(), Fault> {
-        if !*is_stored {
+    async fn attempt(&self, turn: &Turn, tick: &mut Tick) -> Result<(), Fault> {
+        if !tick.is_stored {
+            let draw = &mut tick.draw;
             // Without numbers it waits for generators as long as it may, and again at each attempt:
             // it must not come before the draw of a replica that has numbers.
             if draw.product().is_none() {
@@ -149,38 +143,59 @@ impl<W: World> Outbox<W> {
             }
             let ack = self.world.publish(subjects::DRAW, turn.slot, draw.encode()).await?;
             if ack.duplicate {
-                self.read(ack.sequence, draw).await?;
+                self.read(ack.sequence, tick).await?;
             }
-            *is_stored = true;
+            tick.is_stored = true;
         }
-        if let Some(product) = draw.due() {
+        if let Some(product) = tick.draw.due() {
             self.world.publish(subjects::PUBLISH, turn.slot, product.encode()).await?;
         }
         Ok(())
     }
 
-    /// Replaces a draw by the one that the stream has at this sequence. If that is not a valid draw
+    /// Replaces the draw by the one that the stream has at this sequence. If that is not a valid draw
     /// of the slot, which no multiplier writes, the slot has no numbers.
-    async fn read(&self, sequence: u64, draw: &mut Draw) -> Result<(), Fault> {
-        let entry = self.world.read(sequence).await?.ok_or(Fault::NotYet(sequence))?;
-        let slot = draw.slot;
-        let wrong = match Draw::decode(&entry.payload) {
-            _ if entry.sequence != sequence => "it was deleted".to_owned(),
-            Ok(stored) if stored.slot != slot => format!("it is of slot {}", stored.slot),
-            Ok(stored) => {
-                *draw = stored;
+    async fn read(&self, sequence: u64, tick: &mut Tick) -> Result<(), Fault> {
+        let slot = tick.draw.slot;
+        let entry = self.world.read(sequence).await?;
+        tick.reads += u32::from(entry.is_none());
+        if entry.is_none() && tick.reads < MAX_READS {
+            return Err(Fault::NotYet(sequence));
+        }
+        let found = entry.filter(|entry| entry.sequence == sequence);
+        let wrong = match found.map(|entry| Draw::decode(&entry.payload)) {
+            Some(Ok(stored)) if stored.slot == slot => {
+                tick.draw = stored;
                 return Ok(());
             }
-            Err(error) => error.to_string(),
+            Some(Ok(stored)) => format!("it is of slot {}", stored.slot),
+            Some(Err(error)) => error.to_string(),
+            None => "it was deleted".to_owned(),
         };
         error!(%slot, sequence, "the draw that TICKS keeps cannot be used: {wrong}");
-        (draw.even, draw.odd) = (None, None);
+        tick.draw = Tick::new(slot, &self.id).draw;
         Ok(())
     }
 
-    fn tell_given_up(&mut self) {
+    fn report_given_up(&mut self) {
         if let Some((first, last, slots)) = self.given_up.take() {
-            warn!(%first, %last, slots, "gave slots up; the other replicas have settled them, if any could");
+            error!(%first, %last, slots, "gave up on slots: their numbers are lost, unless another replica has published them");
         }
+    }
+}
+
+/// What is known of a slot while it is settled.
+struct Tick {
+    /// This replica's draw until the stream has stored one for the slot, and then that one.
+    draw: Draw,
+    is_stored: bool,
+    /// How often the stored draw could not be found.
+    reads: u32,
+}
+
+impl Tick {
+    fn new(slot: Slot, id: &str) -> Self {
+        let draw = Draw { slot, multiplier: id.to_owned(), even: None, odd: None };
+        Self { draw, is_stored: false, reads: 0 }
     }
 }

@@ -5,6 +5,7 @@
 //! `EVENODD_SEED=<seed> cargo test --package multiplier --test simulation`.
 
 #![allow(
+    clippy::disallowed_types,
     clippy::unwrap_used,
     clippy::print_stdout,
     clippy::cast_possible_truncation,
@@ -17,7 +18,8 @@ use std::time::Duration;
 
 use contract::streams::DUPLICATE_WINDOW;
 use contract::{Draw, Message, Parity, Product, Slot, SlotLength, subjects};
-use multiplier::clock::{Clock, TOLERANCE};
+use futures::channel::mpsc::UnboundedSender;
+use multiplier::clock::Clock;
 use multiplier::outbox::{CAPACITY, Outbox, World};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -27,7 +29,6 @@ use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tokio_util::sync::CancellationToken;
 
 /// How many schedules a run tries.
 const SCHEDULES: u64 = 10_000;
@@ -36,6 +37,8 @@ const EPOCH: Duration = Duration::from_secs(1_800_000_000);
 const ACK_TIMEOUT: Duration = Duration::from_millis(500);
 /// What began this long before the faults ended was not given up.
 const NOT_GIVEN_UP: Duration = Duration::from_secs(9 * 60);
+/// How long a replica that starts may have to wait until its clock is later than what is stored.
+const WAIT: Duration = Duration::from_secs(10);
 const HOUR_MS: i64 = 3_600_000;
 /// Longer than a stream remembers message ids.
 const BACK_MS: i64 = -780_000;
@@ -95,7 +98,7 @@ impl Stream {
 
 /// One start of a multiplier.
 struct Replica {
-    clock: Clock,
+    hear: UnboundedSender<Entry>,
     offset_ms: Arc<Mutex<i64>>,
     /// Its clock is right within some seconds and was never changed.
     is_steady: bool,
@@ -115,6 +118,10 @@ struct State {
     random: StdRng,
     ticks: Stream,
     numbers: Stream,
+    /// By how much the brokers' clock is behind.
+    brokers_behind: Duration,
+    /// Whether a clock was ever further ahead of the others than they tolerate.
+    has_far_ahead: bool,
     /// The share of messages that are lost, late or repeated.
     loss: f64,
     /// Until when there is no generator of the one and of the other parity.
@@ -153,7 +160,11 @@ impl Simulation {
         let mut random = StdRng::seed_from_u64(seed);
         // With the longer one, outages outlast the duplicate window.
         let length = if random.random_bool(0.8) { "500" } else { "60000" };
+        let is_short = length == "500";
+        let brokers_behind = if is_short { [0, 0, 0, 0, 30][random.random_range(0..5)] } else { 0 };
         let state = State {
+            brokers_behind: Duration::from_secs(brokers_behind),
+            has_far_ahead: false,
             loss: [0.0, 0.02, 0.2][random.random_range(0..3)],
             random,
             ticks: Stream::default(),
@@ -194,37 +205,21 @@ impl Simulation {
         let mut state = self.lock();
         let n = state.replicas.len();
         let (queue, turns) = mpsc::channel(CAPACITY);
+        let (hear, heard) = futures::channel::mpsc::unbounded();
         let world = Wires { simulation: self.clone(), n };
-        let wires = world.clone();
-        let seed = state.random.random();
-        let stop = CancellationToken::new();
-        let outbox = Outbox::new(&n.to_string(), clock.clone(), world, stop, seed);
-        let ticking = clock.clone();
+        let outbox =
+            Outbox::new(&n.to_string(), clock.clone(), world.clone(), state.random.random());
         let task = tokio::spawn(async move {
-            let tick = async {
-                let mut last = ticking.slot();
-                loop {
-                    let turn = ticking.next(last).await;
-                    last = turn.slot;
-                    let _ = queue.send(turn).await;
-                }
-            };
-            let inform = async {
-                loop {
-                    if !wires.is_cut_off() {
-                        let stored = match wires.simulation.mistake {
-                            Mistake::IgnoreStoredSlots => Vec::new(),
-                            _ => wires.simulation.lock().ticks.latest(),
-                        };
-                        ticking.learn(&stored);
-                    }
-                    sleep(TOLERANCE / 3).await;
-                }
-            };
-            tokio::join!(outbox.run(turns, |_, _| {}), tick, inform);
+            let id = n.to_string();
+            tokio::join!(
+                outbox.run(turns, |_, _| {}),
+                clock.run(queue),
+                clock.follow(&world, heard, &id)
+            );
         });
+        state.has_far_ahead |= offset_ms > 4000;
         state.replicas.push(Replica {
-            clock,
+            hear,
             offset_ms: offset,
             is_steady: offset_ms.abs() <= 4000,
             started: Instant::now(),
@@ -271,6 +266,7 @@ impl Simulation {
         sleep(commit).await;
         let mut state = self.lock();
         let survives = state.happens(0.5);
+        let stamp = self.now() - state.brokers_behind;
         let stream = state.stream(subject);
         let led = stream.elections == elections;
         if led {
@@ -280,12 +276,12 @@ impl Simulation {
         if (!led && !survives) || (stream.find(slot).is_some() && !without_id) {
             return;
         }
-        let entry = stream.store(slot, payload, self.now());
+        let entry = stream.store(slot, payload, stamp);
         if subject == subjects::DRAW && self.mistake != Mistake::IgnoreStoredSlots {
             let loss = state.loss;
             for n in 0..state.replicas.len() {
                 if !pending(state.replicas[n].cut_off) && !state.happens(loss) {
-                    state.replicas[n].clock.hear(&entry, &n.to_string());
+                    let _ = state.replicas[n].hear.unbounded_send(entry.clone());
                 }
             }
         }
@@ -333,7 +329,11 @@ impl Simulation {
             0 => BACK_MS,
             // In long slots a schedule would reach what is drawn ahead of time.
             1 if self.length == SlotLength::DEFAULT => HOUR_MS,
-            2..=9 => state.random.random_range(-4000..=4000),
+            // Together with an outage of ten minutes this would be too much (docs/adr/0001).
+            2 | 3 if self.length == SlotLength::DEFAULT => {
+                [12_000, 20_000, 60_000, 300_000][state.random.random_range(0..4)]
+            }
+            4..=9 => state.random.random_range(-4000..=4000),
             _ => 0,
         }
     }
@@ -376,8 +376,12 @@ impl Simulation {
             _ => {
                 let change = [BACK_MS, -5000, -700, 700, 5000][state.random.random_range(0..5)];
                 let replica = &mut state.replicas[n];
-                *replica.offset_ms.lock().unwrap() += change;
+                let mut offset_ms = replica.offset_ms.lock().unwrap();
+                *offset_ms += change;
+                let is_far_ahead = *offset_ms > 4000;
+                drop(offset_ms);
                 replica.is_steady = false;
+                state.has_far_ahead |= is_far_ahead;
             }
         }
     }
@@ -421,11 +425,20 @@ impl Simulation {
         if let Some(draw) = lost {
             return Err(format!("a number is lost: slot {}", draw.slot));
         }
-        for replica in state.replicas.iter().filter(|r| r.is_alive && r.is_steady) {
+        // The replica that started last is well, and goes on whatever has been.
+        let margin = Duration::from_secs(3);
+        let from = self.length.slot_at(faults_ended + WAIT).next().next();
+        let to = self.length.slot_at(self.now() - margin);
+        if let Some(slot) = (from.0..to.0).map(Slot).find(|slot| !draws.contains_key(slot)) {
+            return Err(format!("no draw: slot {slot}, long after the faults"));
+        }
+        let steady = state.replicas.iter().filter(|r| r.is_alive && r.is_steady);
+        // One whose clock is far ahead takes slots that those behind it still have before them.
+        for replica in steady.filter(|_| !state.has_far_ahead) {
             // Its clock may be up to 4 s off. If it came later, it had to wait for the slots that one
             // whose clock was ahead had drawn already.
             let late = replica.started > self.begun;
-            let wait = Duration::from_secs(5) + if late { TOLERANCE } else { Duration::ZERO };
+            let wait = Duration::from_secs(5) + if late { WAIT } else { Duration::ZERO };
             let from = EPOCH + (replica.started - self.begun) + wait;
             let from = self.length.slot_at(from).next();
             let to = self.length.slot_at(faults_ended.saturating_sub(Duration::from_secs(5)));
@@ -544,6 +557,15 @@ impl World for Wires {
             }
             _ => result,
         }
+    }
+
+    async fn latest(&self) -> Result<Vec<Entry>, ReadError> {
+        // It is told by the read whether there is an answer.
+        self.get(1).await?;
+        Ok(match self.simulation.mistake {
+            Mistake::IgnoreStoredSlots => Vec::new(),
+            _ => self.simulation.lock().ticks.latest(),
+        })
     }
 
     async fn read(&self, sequence: u64) -> Result<Option<Entry>, ReadError> {

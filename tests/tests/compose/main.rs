@@ -1,7 +1,7 @@
 //! The cluster of `docker-compose.yml`, from nothing to the end: one cluster, one step after the
 //! other. `make test-compose` runs all of them, `make test-compose ARGS="kills cuts"` some.
 
-#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
+#![allow(clippy::disallowed_types, clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 
 mod cuts;
 mod kills;

@@ -1,6 +1,6 @@
 //! End-to-end tests: one binary, a module a subject.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::disallowed_types, clippy::unwrap_used)]
 
 mod access;
 mod api;

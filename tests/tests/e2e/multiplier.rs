@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use contract::{Message, streams::NUMBERS};
-use contract::{Outcome, Parity, Product, odds, subjects};
+use contract::streams::{NUMBERS, TICKS};
+use contract::{Draw, Message, Outcome, Parity, Product, Slot, odds, subjects};
 use futures::StreamExt;
 use nix::sys::signal::Signal;
 use runtime::history::Entry;
@@ -138,9 +138,8 @@ async fn a_draw_that_cannot_be_used_is_reported_and_passed_over() {
     let mut multiplier = pipeline.multiplier(SLOT_MS).await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
     let (slot, timeout) = (ticks.next().await.slot, Duration::from_secs(1));
-    let other =
-        contract::Draw { slot, multiplier: "x".to_owned(), even: Some(846), odd: Some(511) };
-    let spoilt = contract::Slot(slot.0 + 3);
+    let other = Draw { slot, multiplier: "x".to_owned(), even: Some(846), odd: Some(511) };
+    let spoilt = Slot(slot.0 + 3);
     let (subject, payload) = (subjects::DRAW, other.encode().into());
     runtime::jetstream::publish(&pipeline.client, subject, spoilt, payload, timeout).await.unwrap();
     let reported = multiplier.wait_for("cannot be used").await;
@@ -148,6 +147,36 @@ async fn a_draw_that_cannot_be_used_is_reported_and_passed_over() {
     ticks.until(|draw| draw.slot > spoilt).await;
     let slots: Vec<_> = pipeline.history().await.iter().map(tests::ticks::slot).collect();
     assert!(!slots.contains(&spoilt), "{slots:?}");
+}
+
+/// Draws that are deleted before they are read, and messages of somebody else on `ticks.done`, which
+/// nobody can forbid where there are no keys: the multipliers go on after some seconds.
+#[tokio::test]
+async fn whoever_may_do_everything_does_not_stop_it_for_long() {
+    let pipeline = Pipeline::new().await;
+    let _generators = pipeline.generators().await;
+    let _multipliers = pipeline.multipliers::<2>(SLOT_MS).await;
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    let draw = |slot| Draw { slot, multiplier: "x".to_owned(), even: Some(846), odd: Some(511) };
+    let slot = Slot(ticks.next().await.slot.0 + 2);
+    let (timeout, payload) = (Duration::from_secs(1), draw(slot).encode().into());
+    runtime::jetstream::publish(&pipeline.client, subjects::DRAW, slot, payload, timeout)
+        .await
+        .unwrap();
+    // Whoever reads the draw of that slot finds an empty stream.
+    let context = async_nats::jetstream::new(pipeline.client.clone());
+    context.get_stream(TICKS).await.unwrap().purge().await.unwrap();
+    ticks.until(|draw| draw.slot.0 > slot.0 + 8 && draw.multiplier != "x").await;
+
+    let hour = Slot(ticks.next().await.slot.0 + 7200);
+    let mut headers = async_nats::HeaderMap::new();
+    headers.insert("Nats-Sequence", "1");
+    headers.insert("Nats-Time-Stamp", "2100-01-01T00:00:00Z");
+    let (forged, client) = (draw(hour).encode().into(), &pipeline.client);
+    client.publish_with_headers(subjects::DONE, headers, forged).await.unwrap();
+    ticks.until(|draw| draw.multiplier == "x").await;
+    let mut after = Ticks::watch(&pipeline.client).await;
+    after.take(8).await;
 }
 
 /// A generator that answers nonsense is not believed; the other one's answer counts.

@@ -90,6 +90,17 @@ async fn streams_of_the_former_protocol_are_changed() {
     }
     context.publish("ticks.claim", "{}".into()).await.unwrap().await.unwrap();
     let before = tests::ticks::all(&client, NUMBERS).await;
+    let args = ["provision", "--nats", &broker.url()];
+    let mut provision = Process::start(&scratch, "evenodd", &args);
+    assert!(provision.wait().await.success());
+    for line in [
+        "stream NUMBERS: changed",
+        "subjects: has [\"numbers.published\"], wanted [\"numbers.publish\"]",
+        "stream TICKS: changed",
+        "republish: has null",
+    ] {
+        assert!(provision.log().contains(line), "{line}: {}", provision.log());
+    }
     // A gateway has the last 100, whatever subject they were stored under.
     let pipeline = Pipeline::on(scratch, broker).await;
     let (_gateway, address) = pipeline.gateway().await;

@@ -9,10 +9,14 @@ use runtime::history::Entry;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::CLOCK_SKEW;
+
 /// The draw of each slot.
 pub struct Draws {
     slot_length: SlotLength,
     kept: BTreeMap<Slot, Kept>,
+    /// When the first and the last of them were stored.
+    times: Option<(OffsetDateTime, OffsetDateTime)>,
     /// How many products are not in the history yet, and may still come.
     due: usize,
 }
@@ -26,7 +30,7 @@ struct Kept {
 
 impl Draws {
     pub fn new(slot_length: SlotLength) -> Self {
-        Self { slot_length, kept: BTreeMap::new(), due: 0 }
+        Self { slot_length, kept: BTreeMap::new(), times: None, due: 0 }
     }
 
     /// A stored draw.
@@ -42,22 +46,37 @@ impl Draws {
             }
             Err(error) => return fault(error.to_string()),
         };
-        let (sequence, time, due) = (entry.sequence, entry.time, draw.due());
-        let kept = Kept { sequence, time, due, is_published: false };
-        match self.kept.insert(draw.slot, kept) {
-            None => Ok(()),
-            Some(first) => {
-                fault(format!("slot {} was drawn at sequence {}", draw.slot, first.sequence))
-            }
+        let slot = draw.slot;
+        if self.slot_length.start_of(slot) > entry.since_epoch() + CLOCK_SKEW {
+            return fault(format!("slot {slot} was not yet when it was stored"));
         }
+        if let Some(first) = self.kept.get(&slot) {
+            return fault(format!("slot {slot} was drawn at sequence {}", first.sequence));
+        }
+        let (sequence, time, due) = (entry.sequence, entry.time, draw.due());
+        self.kept.insert(slot, Kept { sequence, time, due, is_published: false });
+        self.times = Some((self.times.map_or(time, |(first, _)| first), time));
+        Ok(())
     }
 
-    /// A number in the history.
+    /// A number in the history, and when it was stored.
     ///
     /// # Errors
     /// If it is not that of its slot's draw.
-    pub fn published(&mut self, slot: Slot, product: Product) -> Result<(), String> {
-        let Some(kept) = self.kept.get_mut(&slot) else { return Ok(()) };
+    pub fn published(
+        &mut self,
+        slot: Slot,
+        product: Product,
+        time: OffsetDateTime,
+    ) -> Result<(), String> {
+        let Some(kept) = self.kept.get_mut(&slot) else {
+            // Its draw may be older than those that are kept, or newer than those that were read.
+            let must_be_here = |(first, last)| time > first + DUPLICATE_WINDOW && time <= last;
+            return match self.times.is_some_and(must_be_here) {
+                true => Err(format!("slot {slot} has no draw")),
+                false => Ok(()),
+            };
+        };
         kept.is_published = true;
         if kept.due == Some(product) {
             return Ok(());
@@ -67,7 +86,8 @@ impl Draws {
     }
 
     /// After the whole history: what is missing in it, and can no longer come.
-    pub fn lost(&mut self, now: OffsetDateTime) -> Vec<String> {
+    pub fn lost(&mut self) -> Vec<String> {
+        let now = self.times.map_or(OffsetDateTime::UNIX_EPOCH, |(_, last)| last);
         let missing = self.kept.iter().filter(|(_, kept)| kept.due.is_some() && !kept.is_published);
         let (lost, due): (Vec<_>, Vec<_>) =
             missing.partition(|(_, kept)| now - kept.time > DUPLICATE_WINDOW);
@@ -122,11 +142,13 @@ mod tests {
             draws.add(&entry(sequence, slot, even, &slot.to_string())).unwrap();
         }
         let product = Product::new(846, 511).unwrap();
-        assert_eq!(draws.published(Slot(10), product), Ok(()));
+        assert_eq!(draws.published(Slot(10), product, AT), Ok(()));
         // Older than all draws that are left.
-        assert_eq!(draws.published(Slot(1), product), Ok(()));
-        assert!(draws.published(Slot(11), product).unwrap_err().contains("drawn nothing"));
-        assert_eq!(draws.lost(AT + DUPLICATE_WINDOW), Vec::<String>::new());
+        assert_eq!(draws.published(Slot(1), product, AT), Ok(()));
+        let fault = |result: Result<(), String>| result.unwrap_err();
+        assert!(fault(draws.published(Slot(11), product, AT)).contains("drawn nothing"));
+        let other = Product::new(848, 511).unwrap();
+        assert_eq!(draws.lost(), Vec::<String>::new());
         let text = draws.to_string();
         for line in [
             "draws      3 in",
@@ -136,13 +158,14 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line}: {text}");
         }
-        let lost = draws.lost(AT + DUPLICATE_WINDOW + Duration::from_secs(1));
-        assert!(
-            lost.len() == 1 && lost[0].contains("sequence 3: the number of slot 14"),
-            "{lost:?}"
-        );
-        let other = Product::new(848, 511).unwrap();
-        assert!(draws.published(Slot(14), other).unwrap_err().contains("drawn 432306, not 433328"));
+        // Ten minutes later nobody may publish it any more.
+        let later = AT + DUPLICATE_WINDOW + Duration::from_secs(1);
+        draws.add(&Entry { time: later, ..entry(4, 15, 2, "15") }).unwrap();
+        let lost = draws.lost();
+        assert!(lost.len() == 1, "{lost:?}");
+        assert!(lost[0].contains("sequence 3: the number of slot 14"), "{lost:?}");
+        assert!(fault(draws.published(Slot(14), other, AT)).contains("432306, not 433328"));
+        assert!(fault(draws.published(Slot(13), product, later)).contains("slot 13 has no draw"));
     }
 
     #[test]
@@ -152,7 +175,8 @@ mod tests {
         let fault = |result: Result<(), String>| result.unwrap_err();
         assert!(fault(draws.add(&entry(2, 10, 846, "10"))).contains("drawn at sequence 1"));
         assert!(fault(draws.add(&entry(3, 11, 846, "10"))).contains("slot 11 has the id"));
-        let claim = Entry { payload: "{}".into(), ..entry(4, 12, 846, "12") };
-        assert!(fault(draws.add(&claim)).contains("TICKS sequence 4: not a valid message"));
+        let other = Entry { payload: "{}".into(), ..entry(4, 12, 846, "12") };
+        assert!(fault(draws.add(&other)).contains("TICKS sequence 4: not a valid message"));
+        assert!(fault(draws.add(&entry(5, 9999, 846, "9999"))).contains("was not yet"));
     }
 }
