@@ -40,7 +40,9 @@ async fn a_broker_that_is_away_for_twenty_seconds() {
     let mut ticks = Ticks::watch(&pipeline.client).await;
     let _multipliers = pipeline.multipliers::<2>(SLOT_MS).await;
     ticks.take(4).await;
-    // Before it goes, something becomes due: the history takes nothing for a while.
+    // Before it goes, something becomes due: the history takes nothing for a while. Nothing is due at
+    // this moment.
+    ticks.until(|draw| draw.due().is_none()).await;
     let context = jetstream::new(pipeline.client.clone());
     let elsewhere = stream::Config { subjects: vec!["elsewhere".into()], ..streams::numbers(1) };
     context.update_stream(&elsewhere).await.unwrap();

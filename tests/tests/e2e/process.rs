@@ -50,13 +50,15 @@ async fn sigterm_without_a_broker() {
 async fn sigterm_with_products_due() {
     let mut pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
-    let mut ticks = Ticks::watch(&pipeline.client).await;
     let context = async_nats::jetstream::new(pipeline.client.clone());
     let numbers = evenodd::streams::numbers(1);
     let mut elsewhere = numbers.clone();
     elsewhere.subjects = vec!["elsewhere".into()];
     for comes_back in [true, false] {
+        let mut ticks = Ticks::watch(&pipeline.client).await;
         let mut multiplier = pipeline.multiplier(500).await;
+        // Nothing is due at this moment, and then something that the history does not take.
+        ticks.until(|draw| draw.due().is_none()).await;
         context.update_stream(&elsewhere).await.unwrap();
         let due = ticks.until(|draw| draw.due().is_some()).await;
         multiplier.signal(Signal::SIGTERM);
