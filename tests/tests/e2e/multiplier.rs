@@ -96,7 +96,7 @@ async fn generators_may_come_and_go() {
     let pipeline = Pipeline::new().await;
     let mut generators = pipeline.generators().await.map(|generator| (generator, Parity::Even));
     let mut ticks = Ticks::watch(&pipeline.client).await;
-    let _multiplier = pipeline.multiplier(100).await;
+    let _multiplier = pipeline.multiplier(250).await;
     generators.iter_mut().skip(2).for_each(|(_, parity)| *parity = Parity::Odd);
     for (generator, parity) in &mut generators {
         for _ in 0..5 {
