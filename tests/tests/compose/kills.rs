@@ -29,7 +29,9 @@ pub async fn any_process_may_die(cluster: Cluster) {
             polled.answered,
             polled.longest_gap.as_millis(),
         );
-        assert_eq!((watched.missed, watched.heard_twice), (vec![], 0), "{container}");
+        assert_eq!(watched.missed, [], "{container}");
+        // Who listens at a broker that crashes may hear a number again.
+        assert!(watched.heard_twice == 0 || container.contains("nats-"), "{container}");
         assert_eq!(watched.without_numbers, [], "{container}");
         // The way in itself is away until Docker has started it again.
         if !container.contains("haproxy") {

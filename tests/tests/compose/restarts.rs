@@ -11,11 +11,6 @@ use crate::Cluster;
 
 pub async fn brokers_are_restarted_in_turn(cluster: Cluster) {
     cluster.heals().await;
-    let failures = || {
-        let log = compose(&["logs", "--no-color", "multiplier"]);
-        log.lines().filter(|line| line.contains("not settled yet")).count()
-    };
-    let before = failures();
     let (poll, follow) = (Poll::start(), Follow::start());
     for broker in BROKERS {
         cluster.heals().await;
@@ -29,9 +24,11 @@ pub async fn brokers_are_restarted_in_turn(cluster: Cluster) {
             watched.publish_delay.as_millis()
         );
         assert_eq!((watched.missed, watched.heard_twice), (vec![], 0), "{broker}");
-        assert_eq!(watched.late, 0, "{broker}: a publication failed and was made again later");
+        assert_eq!(
+            watched.late, 0,
+            "{broker}: a number was published in a later slot than its own"
+        );
     }
-    assert_eq!(failures(), before, "a publication failed and was made again");
     cluster.heals().await;
     let (polled, sequences) = (poll.stop().await, follow.stop().await);
     assert_eq!(polled.faults, Vec::<String>::new());
