@@ -65,12 +65,6 @@ impl Ticks {
         }
         &self.seen
     }
-
-    /// Everything seen so far.
-    #[must_use]
-    pub fn seen(&self) -> &[Draw] {
-        &self.seen
-    }
 }
 
 /// What both streams have, by slot.
