@@ -152,19 +152,22 @@ impl Clock {
     /// Takes note of the draws that were stored last. What is read counts more than what was heard: where
     /// there are no keys, anybody may say anything on `ticks.done`.
     fn learn(&self, entries: &[Entry]) {
-        let latest = entries.iter().filter_map(|entry| self.slot_of(entry)).max();
+        let slot_of = |entry: &Entry| {
+            let draw = Draw::decode(&entry.payload).ok()?;
+            Some(self.credible(draw.slot, entry.since_epoch()))
+        };
+        let latest = entries.iter().filter_map(slot_of).max();
         self.known.send_modify(|known| {
             known.latest = latest.unwrap_or(known.latest);
             known.read = Some(Instant::now());
         });
     }
 
-    /// Up to which slot draws may be stored, by this one. If it lies far in the broker's future, that
-    /// is the broker's time: one replica whose clock is far ahead must not stop the others.
-    fn slot_of(&self, entry: &Entry) -> Option<Slot> {
-        let (slot, stored) = (Draw::decode(&entry.payload).ok()?.slot, entry.since_epoch());
+    /// The slot of a stored draw, or the broker's own slot if the draw's is far in the broker's future:
+    /// one replica whose clock is far ahead must not stop the others.
+    fn credible(&self, slot: Slot, stored: Duration) -> Slot {
         let is_near = self.length.start_of(slot) <= stored + TOLERANCE;
-        Some(if is_near { slot } else { self.length.slot_at(stored) })
+        if is_near { slot } else { self.length.slot_at(stored) }
     }
 
     /// Takes note of a draw in the moment in which it is stored. Reports this machine's clock, once,
@@ -178,7 +181,7 @@ impl Clock {
         let ahead = if own { began.saturating_sub(stored) } else { Duration::ZERO };
         let behind = stored.saturating_sub((self.wall)());
         let is_off = ahead.max(behind) > OFFSET;
-        let slot = self.slot_of(entry).unwrap_or_default();
+        let slot = self.credible(draw.slot, stored);
         self.known.send_if_modified(|known| {
             if is_off && !known.is_off {
                 warn!(?ahead, ?behind, "this clock differs from the broker's; is NTP running?");
