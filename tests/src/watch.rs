@@ -1,6 +1,6 @@
 //! What people and programs outside see of a cluster while something happens to it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_nats::{Client, Subscriber};
@@ -131,7 +131,7 @@ async fn follow(stop: CancellationToken) -> Vec<u64> {
 /// meanwhile.
 pub struct Watch {
     from: Slot,
-    heard: Vec<Subscriber>,
+    heard: Vec<(&'static str, Subscriber)>,
 }
 
 /// What was stored in a time.
@@ -147,8 +147,20 @@ pub struct Watched {
     pub publish_delay: Duration,
     /// How many products were stored in a slot later than their own.
     pub late: usize,
-    /// How many numbers somebody heard twice.
-    pub heard_twice: usize,
+    /// How many numbers were heard twice, at each broker where there were any.
+    pub heard_twice: BTreeMap<&'static str, usize>,
+}
+
+impl Watched {
+    /// How many numbers were heard twice, leaving out the listener of the container that failed.
+    #[must_use]
+    pub fn heard_twice_beside(&self, failed: &str) -> usize {
+        let twice = self.heard_twice.iter();
+        twice
+            .filter(|(broker, _)| cluster::container(broker) != failed)
+            .map(|(_, count)| count)
+            .sum()
+    }
 }
 
 impl Watch {
@@ -158,7 +170,7 @@ impl Watch {
         for broker in BROKERS {
             let address = format!("{}:4222", cluster::ip(&cluster::container(broker)));
             let client = async_nats::connect(address).await.unwrap();
-            heard.push(client.subscribe(subjects::PUBLISHED).await.unwrap());
+            heard.push((broker, client.subscribe(subjects::PUBLISHED).await.unwrap()));
             client.flush().await.unwrap();
         }
         Self { from: now().next(), heard }
@@ -184,12 +196,13 @@ impl Watch {
         let delays = audit.numbers.range(self.from..until);
         let delays = delays.map(|(slot, number)| number.at.saturating_sub(length.start_of(*slot)));
         let delays: Vec<_> = delays.collect();
-        let mut heard_twice = 0;
-        for mut heard in self.heard {
+        let mut heard_twice = BTreeMap::new();
+        for (broker, mut heard) in self.heard {
             let mut sequences = BTreeSet::new();
             while let Some(Some(message)) = heard.next().now_or_never() {
-                let sequence = Entry::try_from(message).unwrap().sequence;
-                heard_twice += usize::from(!sequences.insert(sequence));
+                if !sequences.insert(Entry::try_from(message).unwrap().sequence) {
+                    *heard_twice.entry(broker).or_default() += 1;
+                }
             }
         }
         let without_numbers = audit.without_numbers();

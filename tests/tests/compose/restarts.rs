@@ -1,5 +1,6 @@
 //! Orderly restarts: of the brokers, one after the other, and of everything.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use contract::streams::NUMBERS;
@@ -23,7 +24,7 @@ pub async fn brokers_are_restarted_in_turn(cluster: Cluster) {
             watched.tick_gap.as_millis(),
             watched.publish_delay.as_millis()
         );
-        assert_eq!((watched.missed, watched.heard_twice), (vec![], 0), "{broker}");
+        assert_eq!((watched.missed, watched.heard_twice), (vec![], BTreeMap::new()), "{broker}");
         assert_eq!(
             watched.late, 0,
             "{broker}: a number was published in a later slot than its own"

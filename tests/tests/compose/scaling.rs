@@ -1,5 +1,6 @@
 //! Services are scaled up and down while people use them.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tests::cluster::{compose, containers, in_time};
@@ -34,5 +35,5 @@ pub async fn services_come_and_go(cluster: Cluster) {
     );
     assert_eq!(polled.faults, Vec::<String>::new());
     assert!(without_gap_or_repeat(&sequences), "{sequences:?}");
-    assert_eq!((watched.missed, watched.heard_twice), (vec![], 0));
+    assert_eq!((watched.missed, watched.heard_twice), (vec![], BTreeMap::new()));
 }

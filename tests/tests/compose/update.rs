@@ -1,5 +1,6 @@
 //! `make update`: a new version of the services, while people use them.
 
+use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
 
 use tests::cluster::{BROKERS, PROJECT, compose, container, containers, docker, inspect, run};
@@ -52,7 +53,7 @@ pub async fn a_new_version_takes_over(cluster: Cluster) {
     assert_eq!(after, before);
     assert_eq!(polled.faults, Vec::<String>::new());
     assert!(without_gap_or_repeat(&sequences), "{sequences:?}");
-    assert_eq!((watched.missed, watched.heard_twice), (vec![], 0));
+    assert_eq!((watched.missed, watched.heard_twice), (vec![], BTreeMap::new()));
 }
 
 fn inspect_image() -> String {
