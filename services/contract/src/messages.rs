@@ -18,14 +18,17 @@ pub enum DecodeError {
     /// Not JSON, or not of the message's form, or its values do not fit each other.
     #[error("not a valid message: {0}")]
     Json(#[from] serde_json::Error),
-    /// A number of the other parity, or out of range.
-    #[error("{number} is not an {parity} number from {} to {}", .parity.range().start(), .parity.range().end())]
-    WrongNumber {
+    /// A factor of the other parity, or out of range.
+    #[error("{factor} is not an {parity} number from {} to {}", .parity.range().start(), .parity.range().end())]
+    WrongFactor {
         /// What was asked for.
         parity: Parity,
         /// What came.
-        number: u64,
+        factor: u64,
     },
+    /// Fields that contradict each other.
+    #[error("{0}")]
+    Contradiction(String),
 }
 
 /// A payload in JSON.
@@ -44,7 +47,7 @@ pub trait Message: Serialize + DeserializeOwned {
     }
 }
 
-/// Which of the two kinds of number.
+/// Which of the two kinds of factor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Parity {
     /// 0, 2, … 1000.
@@ -63,7 +66,7 @@ impl Parity {
         }
     }
 
-    /// The subject that answers with such a number.
+    /// The subject of requests for such a factor.
     #[must_use]
     pub const fn subject(self) -> &'static str {
         match self {
@@ -72,7 +75,7 @@ impl Parity {
         }
     }
 
-    /// The smallest and the greatest number of this parity.
+    /// The smallest and the greatest factor of this parity.
     #[must_use]
     pub const fn range(self) -> RangeInclusive<u16> {
         match self {
@@ -81,29 +84,29 @@ impl Parity {
         }
     }
 
-    /// All numbers of this parity, ascending.
-    pub fn numbers(self) -> impl ExactSizeIterator<Item = u16> + Clone {
+    /// All factors of this parity, ascending.
+    pub fn factors(self) -> impl ExactSizeIterator<Item = u16> + Clone {
         self.range().step_by(2)
     }
 
-    /// The number, if it is of this parity and in range.
+    /// The factor, if it is of this parity and in range.
     ///
     /// # Errors
-    /// [`DecodeError::WrongNumber`] if it is not.
-    pub fn check(self, number: u64) -> Result<u16, DecodeError> {
-        u16::try_from(number)
+    /// [`DecodeError::WrongFactor`] if it is not.
+    pub fn check(self, factor: u64) -> Result<u16, DecodeError> {
+        u16::try_from(factor)
             .ok()
             .filter(|n| self.range().contains(n) && n % 2 == self.range().start() % 2)
-            .ok_or(DecodeError::WrongNumber { parity: self, number })
+            .ok_or(DecodeError::WrongFactor { parity: self, factor })
     }
 
-    /// The payload of a reply with this number.
+    /// The payload of a reply with this factor.
     #[must_use]
-    pub fn encode_reply(number: u16) -> Vec<u8> {
-        format!(r#"{{"number":{number}}}"#).into_bytes()
+    pub fn encode_reply(factor: u16) -> Vec<u8> {
+        format!(r#"{{"number":{factor}}}"#).into_bytes()
     }
 
-    /// The number that a reply holds.
+    /// The factor that a reply holds.
     ///
     /// # Errors
     /// [`DecodeError`] if it is no reply, or none to this question.
@@ -141,10 +144,10 @@ struct ProductFields {
 }
 
 impl Product {
-    /// The product of two numbers.
+    /// The product of two factors.
     ///
     /// # Errors
-    /// [`DecodeError::WrongNumber`] if one is not of its parity or not in its range.
+    /// [`DecodeError::WrongFactor`] if one is not of its parity or not in its range.
     pub fn new(even: u64, odd: u64) -> Result<Self, DecodeError> {
         Ok(Self { even: Parity::Even.check(even)?, odd: Parity::Odd.check(odd)? })
     }
@@ -161,16 +164,16 @@ impl Product {
         self.odd
     }
 
-    /// The product, at most 999 000.
+    /// Its value, at most 999,000.
     #[must_use]
-    pub fn number(self) -> u32 {
+    pub fn value(self) -> u32 {
         u32::from(self.even) * u32::from(self.odd)
     }
 
     /// Whether it is to be published.
     #[must_use]
     pub fn is_above_threshold(self) -> bool {
-        self.number() > THRESHOLD
+        self.value() > THRESHOLD
     }
 }
 
@@ -178,25 +181,20 @@ impl Message for Product {}
 
 impl From<Product> for ProductFields {
     fn from(product: Product) -> Self {
-        Self { number: product.number().into(), even: product.even.into(), odd: product.odd.into() }
+        Self { number: product.value().into(), even: product.even.into(), odd: product.odd.into() }
     }
 }
 
 impl TryFrom<ProductFields> for Product {
-    type Error = String;
+    type Error = DecodeError;
 
-    fn try_from(fields: ProductFields) -> Result<Self, Self::Error> {
-        let product = Self::new(fields.even, fields.odd).map_err(|e| e.to_string())?;
-        if u64::from(product.number()) == fields.number {
+    fn try_from(ProductFields { number, even, odd }: ProductFields) -> Result<Self, DecodeError> {
+        let product = Self::new(even, odd)?;
+        let value = product.value();
+        if u64::from(value) == number {
             Ok(product)
         } else {
-            Err(format!(
-                "{} x {} is {}, not {}",
-                product.even,
-                product.odd,
-                product.number(),
-                fields.number
-            ))
+            Err(DecodeError::Contradiction(format!("{even} x {odd} is {value}, not {number}")))
         }
     }
 }
@@ -233,7 +231,7 @@ pub struct Draw {
 }
 
 /// How a [`Draw`] is written. The order of the fields is that of the payload.
-#[derive(PartialEq, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct DrawFields {
     slot: Slot,
     multiplier: String,
@@ -274,7 +272,7 @@ impl Message for Draw {}
 impl From<Draw> for DrawFields {
     fn from(draw: Draw) -> Self {
         Self {
-            product: draw.product().map(Product::number),
+            product: draw.product().map(Product::value),
             outcome: draw.outcome(),
             slot: draw.slot,
             multiplier: draw.multiplier,
@@ -285,27 +283,19 @@ impl From<Draw> for DrawFields {
 }
 
 impl TryFrom<DrawFields> for Draw {
-    type Error = String;
+    type Error = DecodeError;
 
-    fn try_from(fields: DrawFields) -> Result<Self, Self::Error> {
-        for (parity, number) in [(Parity::Even, fields.even), (Parity::Odd, fields.odd)] {
-            number
-                .map(|number| parity.check(number.into()))
-                .transpose()
-                .map_err(|e| e.to_string())?;
-        }
-        let DrawFields { product, outcome, .. } = fields;
-        let draw = Self {
-            slot: fields.slot,
-            multiplier: fields.multiplier,
-            even: fields.even,
-            odd: fields.odd,
-        };
-        let right = (draw.product().map(Product::number), draw.outcome());
+    fn try_from(fields: DrawFields) -> Result<Self, DecodeError> {
+        let DrawFields { slot, multiplier, even, odd, product, outcome } = fields;
+        even.map(|even| Parity::Even.check(even.into())).transpose()?;
+        odd.map(|odd| Parity::Odd.check(odd.into())).transpose()?;
+        let draw = Self { slot, multiplier, even, odd };
+        let right = (draw.product().map(Product::value), draw.outcome());
         if (product, outcome) == right {
             Ok(draw)
         } else {
-            Err(format!("product and outcome are {:?}, not {right:?}", (product, outcome)))
+            let what = format!("product and outcome are {:?}, not {right:?}", (product, outcome));
+            Err(DecodeError::Contradiction(what))
         }
     }
 }
@@ -319,7 +309,7 @@ mod tests {
         #[test]
         fn a_product_survives_the_wire(even in 0..=500u64, odd in 0..500u64) {
             let product = Product::new(even * 2, odd * 2 + 1).unwrap();
-            prop_assert_eq!(u64::from(product.number()), even * 2 * (odd * 2 + 1));
+            prop_assert_eq!(u64::from(product.value()), even * 2 * (odd * 2 + 1));
             prop_assert_eq!(Product::decode(&product.encode()).unwrap(), product);
         }
 
@@ -388,7 +378,7 @@ mod tests {
     #[test]
     fn the_threshold_itself_is_not_published() {
         let at = Product::new(160, 625).unwrap();
-        assert_eq!(at.number(), THRESHOLD);
+        assert_eq!(at.value(), THRESHOLD);
         assert!(!at.is_above_threshold());
         assert!(Product::new(162, 625).unwrap().is_above_threshold());
     }
@@ -410,7 +400,7 @@ mod tests {
         assert_eq!(Parity::Even.decode_reply(reply).unwrap(), 846);
         let draw = Draw::decode(include_bytes!("../payloads/v1/draw.json")).unwrap();
         assert_eq!((draw.slot, draw.outcome()), (Slot(3_590_000_000), Outcome::AboveThreshold));
-        assert_eq!(draw.due().map(Product::number), Some(432_306));
+        assert_eq!(draw.due().map(Product::value), Some(432_306));
         let none = Draw::decode(include_bytes!("../payloads/v1/draw-no-odd.json")).unwrap();
         assert_eq!((none.outcome(), none.product()), (Outcome::NoOdd, None));
     }

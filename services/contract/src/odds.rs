@@ -10,8 +10,8 @@ use crate::messages::Parity;
 pub fn published_pairs() -> (u32, u32) {
     let mut above = 0;
     let mut all = 0;
-    for even in Parity::Even.numbers() {
-        for odd in Parity::Odd.numbers() {
+    for even in Parity::Even.factors() {
+        for odd in Parity::Odd.factors() {
             all += 1;
             above += u32::from(u32::from(even) * u32::from(odd) > THRESHOLD);
         }

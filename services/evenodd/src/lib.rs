@@ -14,7 +14,7 @@ mod verify;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use runtime::{settings, telemetry};
+use runtime::telemetry;
 
 /// The name by which the broker knows the operator.
 const USER: &str = "operator";
@@ -27,7 +27,7 @@ struct Cli {
     command: Command,
 
     #[command(flatten)]
-    log: settings::LogSettings,
+    log: telemetry::LogSettings,
 }
 
 #[derive(Subcommand, Debug)]

@@ -11,9 +11,9 @@ use std::time::Duration;
 use anyhow::Context;
 use async_nats::ServerAddr;
 use clap::Args;
-use runtime::settings::{LogSettings, NatsSettings};
-use runtime::telemetry::LogFormat;
-use runtime::{Credentials, connection};
+use runtime::settings::NatsSettings;
+use runtime::telemetry::{LogFormat, LogSettings};
+use runtime::{Credentials, Shutdown, connection};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
@@ -93,14 +93,14 @@ impl Up {
                 return Ok(ExitCode::FAILURE);
             }
         };
-        let shutdown = runtime::shutdown_on_signal()?;
+        let shutdown = Shutdown::on_signal(DRAIN)?;
         // The order to stop in: nobody loses what it needs before it has stopped itself.
         let mut stages = Vec::new();
         let refused = CancellationToken::new();
         let result = self.start(&ready, log, &shutdown, &refused, &mut stages).await;
         if result.is_ok() {
             tokio::select! {
-                () = shutdown.cancelled() => {}
+                _ = shutdown.begun() => {}
                 () = refused.cancelled() => {}
             }
         }
@@ -119,7 +119,7 @@ impl Up {
         &self,
         ready: &Ready,
         log: &LogSettings,
-        shutdown: &CancellationToken,
+        shutdown: &Shutdown,
         refused: &CancellationToken,
         stages: &mut Vec<Children>,
     ) -> anyhow::Result<()> {
@@ -144,7 +144,7 @@ impl Up {
         };
         tokio::select! {
             result = provisioned => result.context("cannot provision the streams")?,
-            () = shutdown.cancelled() => return Ok(()),
+            _ = shutdown.begun() => return Ok(()),
         }
         let service = |binary, label, n: u16, own: &[&str]| {
             let mut args = self.common_args(log);

@@ -220,7 +220,7 @@ impl Check {
             }
             Ok(product) => self.fault(
                 entry.sequence,
-                format_args!("{} is not above the threshold", product.number()),
+                format_args!("{} is not above the threshold", product.value()),
             ),
             Err(error) => {
                 let payload = String::from_utf8_lossy(&entry.payload);

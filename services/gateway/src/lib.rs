@@ -27,7 +27,7 @@ use clap::Parser;
 use contract::subjects;
 use runtime::micro::{self, Counters, Description};
 use runtime::settings::{CommonSettings, milliseconds};
-use runtime::{Service, connection};
+use runtime::{Service, Shutdown};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -114,17 +114,21 @@ struct Gateway {
     request_time: Duration,
     counters: Arc<Counters>,
     /// No further client should come.
-    leaving: CancellationToken,
+    leaving: Shutdown,
     /// No further client is let in, and feeds end.
     shutdown: CancellationToken,
 }
 
 impl Service for Settings {
+    fn name(&self) -> &'static str {
+        ABOUT.name
+    }
+
     fn common(&self) -> &CommonSettings {
         &self.common
     }
 
-    fn health(&self) -> Option<(SocketAddr, &'static str)> {
+    fn health_page(&self) -> Option<(SocketAddr, &'static str)> {
         Some((self.http, "/readyz"))
     }
 
@@ -135,13 +139,12 @@ impl Service for Settings {
         }
     }
 
-    async fn run(self, leaving: CancellationToken) -> anyhow::Result<()> {
+    async fn run(self, client: Client, leaving: Shutdown) -> anyhow::Result<()> {
         serve::raise_file_limit(self.max_connections);
         let listener = TcpListener::bind(self.http).await.with_context(|| {
             format!("cannot listen on {}; choose another address with --http", self.http)
         })?;
         let address = listener.local_addr()?;
-        let client = connection::connect(&self.common.nats, ABOUT.name, ABOUT.name).await?;
         let micro = micro::announce(&client, ABOUT).await?;
         let state = Arc::new(State::new());
         let reader = Reader::new(client.clone(), state.clone()).await?;
@@ -166,12 +169,12 @@ impl Service for Settings {
             header_time: self.header_ms,
             header_bytes: self.header_bytes as usize,
             stall: self.request_ms,
-            drain: self.common.drain_ms.mul_f64(0.8).saturating_sub(self.linger_ms),
+            drain: self.common.drain_ms - self.linger_ms,
         };
         let linger = {
             let (linger, shutdown) = (self.linger_ms, shutdown.clone());
             async move {
-                leaving.cancelled().await;
+                leaving.begun().await;
                 tokio::time::sleep(linger).await;
                 shutdown.cancel();
                 std::future::pending().await
@@ -186,7 +189,6 @@ impl Service for Settings {
             never = linger => match never {},
             () = serve::serve(listener, routes, bounds, shutdown) => {}
         }
-        connection::flush(&client).await;
         Ok(())
     }
 }

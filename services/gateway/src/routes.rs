@@ -342,7 +342,7 @@ fn healthz(ask: &Ask) -> Answer {
 
 fn readyz(gateway: &Gateway, ask: &Ask) -> Answer {
     ask.query()?.end()?;
-    if gateway.leaving.is_cancelled() {
+    if gateway.leaving.has_begun() {
         // To HAProxy this means: no further clients, and the present ones may finish
         // (disable-on-404). To anybody else it is as good as 503.
         return Err(Problem::not_found("this gateway stops"));

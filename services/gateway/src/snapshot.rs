@@ -77,7 +77,7 @@ impl Format {
     pub fn write(self, number: &Number, out: &mut String) {
         // Integers and a time: they always serialise, and a string takes all that is written.
         let json = || serde_json::to_string(number).unwrap_or_default();
-        let (seq, value) = (number.seq, number.product.number());
+        let (seq, value) = (number.seq, number.product.value());
         let _ = match self {
             Self::Json => write!(out, "{},", json()),
             Self::Lines => writeln!(out, "{}", json()),

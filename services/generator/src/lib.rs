@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 
+use anyhow::Context;
 use async_nats::{Client, Subject};
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -13,9 +14,8 @@ use futures::StreamExt;
 use runtime::health::HealthSettings;
 use runtime::micro::{self, Counters, Description};
 use runtime::settings::CommonSettings;
-use runtime::{Service, connection};
+use runtime::{Service, Shutdown};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 /// Answers requests for a random number: even (0 to 1000) or odd (1 to 999), uniformly.
@@ -40,58 +40,61 @@ fn parity() -> impl TypedValueParser<Value = Parity> {
 }
 
 impl Service for Settings {
+    fn name(&self) -> &'static str {
+        self.parity.name()
+    }
+
     fn common(&self) -> &CommonSettings {
         &self.common
     }
 
-    fn health(&self) -> Option<(SocketAddr, &'static str)> {
-        self.health.page()
+    fn health(&self) -> Option<SocketAddr> {
+        self.health.health
     }
 
-    async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let parity = self.parity;
-        let health = self.health.listen().await?;
-        let client = connection::connect(&self.common.nats, parity.name(), parity.name()).await?;
-        let about = Description {
-            name: parity.name(),
-            description: match parity {
-                Parity::Even => "random even numbers from 0 to 1000",
-                Parity::Odd => "random odd numbers from 1 to 999",
-            },
-            version: env!("CARGO_PKG_VERSION"),
-            subject: parity.subject(),
-            reserved: subjects::is_ours,
-        };
-        let micro = micro::announce(&client, about).await?;
-        let queue_group = parity.name().to_owned();
-        let mut requests = client.queue_subscribe(parity.subject(), queue_group).await?;
-        info!(subject = parity.subject(), id = micro.id, "answering");
-
-        let mut health = std::pin::pin!(health.serve(client.clone()));
-        loop {
-            tokio::select! {
-                never = &mut health => match never {},
-                () = shutdown.cancelled() => break,
-                request = requests.next() => match request {
-                    Some(request) => answer(&client, parity, about.reply_subject(request), &micro.counters).await,
-                    None => anyhow::bail!("the connection to NATS was closed"),
-                },
-            }
-        }
-        // Requests that are on their way here are lost. Whoever asks does so again (docs/adr/0004).
-        connection::flush(&client).await;
-        Ok(())
+    async fn run(self, client: Client, shutdown: Shutdown) -> anyhow::Result<()> {
+        run(client, self.parity, shutdown).await
     }
 }
 
-async fn answer(client: &Client, parity: Parity, reply: Option<Subject>, counters: &Counters) {
-    let Some(reply) = reply else { return };
+/// One replica, until the shutdown. Requests that are under way to it are lost then; those who sent
+/// them send others (docs/adr/0004).
+///
+/// # Errors
+/// If the connection was closed for good.
+pub async fn run(client: Client, parity: Parity, shutdown: Shutdown) -> anyhow::Result<()> {
+    let about = Description {
+        name: parity.name(),
+        description: match parity {
+            Parity::Even => "random even numbers from 0 to 1000",
+            Parity::Odd => "random odd numbers from 1 to 999",
+        },
+        version: env!("CARGO_PKG_VERSION"),
+        subject: parity.subject(),
+        reserved: subjects::is_ours,
+    };
+    let micro = micro::announce(&client, about).await?;
+    let queue_group = parity.name().to_owned();
+    let mut requests = client.queue_subscribe(parity.subject(), queue_group).await?;
+    info!(subject = parity.subject(), id = micro.id, "answering");
+    loop {
+        let request = tokio::select! {
+            request = requests.next() => request.context("the connection to NATS was closed")?,
+            _ = shutdown.begun() => return Ok(()),
+        };
+        if let Some(reply) = about.reply_subject(request) {
+            answer(&client, parity, reply, &micro.counters).await;
+        }
+    }
+}
+
+async fn answer(client: &Client, parity: Parity, reply: Subject, counters: &Counters) {
     let begun = Instant::now();
     let payload = Parity::encode_reply(random(parity));
     let sent = client.publish(reply, payload.into()).await;
     counters.count(begun.elapsed(), sent.is_err());
     if let Err(error) = sent {
-        warn!(%error, "an answer could not be sent");
+        warn!(%error, "cannot send an answer");
     }
 }
 
@@ -112,13 +115,13 @@ mod tests {
     fn numbers_are_uniform_over_the_whole_range() {
         const EACH: u32 = 1000;
         for parity in [Parity::Even, Parity::Odd] {
-            let count = u32::try_from(parity.numbers().len()).unwrap();
+            let count = u32::try_from(parity.factors().len()).unwrap();
             let mut seen = HashMap::<u16, u32>::new();
             for _ in 0..count * EACH {
                 *seen.entry(random(parity)).or_default() += 1;
             }
             assert!(seen.keys().all(|&n| parity.check(n.into()).is_ok()));
-            assert_eq!(seen.len(), parity.numbers().len());
+            assert_eq!(seen.len(), parity.factors().len());
             // Chi-squared with n - 1 degrees of freedom: mean n - 1, variance 2(n - 1). Seven
             // standard deviations are exceeded once in 10^9 runs or so.
             let each = f64::from(EACH);

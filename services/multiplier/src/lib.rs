@@ -2,11 +2,11 @@
 //! them to the stream of draws. The product of the draw that the stream keeps is published if it is
 //! greater than the threshold.
 //!
-//! `clock` starts slots, `numbers` gets the two numbers, `outbox` settles a slot; here they are put
+//! `clock` starts slots, `factors` gets the two factors, `outbox` settles a slot; here they are put
 //! together. No replica leads: see docs/adr/0001-one-draw-a-slot.md.
 
 pub mod clock;
-mod numbers;
+mod factors;
 pub mod outbox;
 
 use std::future::ready;
@@ -24,10 +24,9 @@ use runtime::history::{self, Entry, MAX_BATCH, ReadError};
 use runtime::jetstream::{self, Ack, PublishError};
 use runtime::micro::{self, Description};
 use runtime::settings::CommonSettings;
-use runtime::{Service, connection};
+use runtime::{Service, Shutdown, connection};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout};
-use tokio_util::sync::CancellationToken;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
 
@@ -61,23 +60,20 @@ pub struct Settings {
 }
 
 impl Service for Settings {
+    fn name(&self) -> &'static str {
+        ABOUT.name
+    }
+
     fn common(&self) -> &CommonSettings {
         &self.common
     }
 
-    fn health(&self) -> Option<(SocketAddr, &'static str)> {
-        self.health.page()
+    fn health(&self) -> Option<SocketAddr> {
+        self.health.health
     }
 
-    async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let health = self.health.listen().await?;
-        let client = connection::connect(&self.common.nats, ABOUT.name, ABOUT.name).await?;
-        let clock = Clock::new(self.slot_ms, unix_time);
-        let drain = self.common.drain_ms.mul_f64(0.9);
-        tokio::select! {
-            result = run(client.clone(), clock, shutdown, drain) => result,
-            never = health.serve(client) => match never {},
-        }
+    async fn run(self, client: Client, shutdown: Shutdown) -> anyhow::Result<()> {
+        run(client, Clock::new(self.slot_ms, unix_time), shutdown).await
     }
 }
 
@@ -87,39 +83,32 @@ fn unix_time() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// One replica, until `shutdown`; then it publishes what may be due, within `drain`.
+/// One replica, until the shutdown; then it settles the slots that have begun, by the deadline.
 ///
 /// # Errors
-/// If the connection was closed for good, or something that may be due was not acknowledged in time.
-pub async fn run(
-    client: Client,
-    clock: Clock,
-    shutdown: CancellationToken,
-    drain: Duration,
-) -> anyhow::Result<()> {
+/// If the connection was closed for good, or a slot was not settled by the deadline.
+pub async fn run(client: Client, clock: Clock, shutdown: Shutdown) -> anyhow::Result<()> {
     let micro = micro::announce(&client, ABOUT).await?;
     // Only what the server republishes has the headers of an entry.
     let draws = client.subscribe(subjects::DONE).await?;
     let draws = draws.filter_map(|message| ready(Entry::try_from(message).ok()));
     let (queue, turns) = mpsc::channel(CAPACITY);
-    // Another request for a number every 20 ms.
-    let world = Nats { client: client.clone(), hedge_after: clock.length.duration() / 25 };
+    // Another request for a factor every 20 ms.
+    let world = Nats { client, hedge_after: clock.length.duration() / 25 };
     let outbox = Outbox::new(&micro.id, clock.clone(), world.clone(), rand::random());
     let counters = micro.counters.clone();
     let settled = move |draw: &Draw, took| counters.count(took, draw.product().is_none());
     let mut outbox = AbortOnDropHandle::new(tokio::spawn(outbox.run(turns, settled)));
     info!(id = micro.id, "ticking");
-    tokio::select! {
-        () = shutdown.cancelled() => {}
+    let deadline = tokio::select! {
+        deadline = shutdown.begun() => deadline,
         never = clock.run(queue) => match never {},
         () = clock.follow(&world, draws, &micro.id) => anyhow::bail!("the connection to NATS was closed"),
         result = &mut outbox => return Ok(result?),
-    }
-    timeout(drain, outbox).await.with_context(|| {
-        let drain_ms = drain.as_millis();
-        format!("NATS did not take all slots within {drain_ms} ms: their numbers are lost, unless another replica publishes them")
-    })??;
-    connection::flush(&client).await;
+    };
+    timeout_at(deadline, outbox).await.context(
+        "NATS did not take all slots in time: their numbers are lost, unless another replica publishes them",
+    )??;
     Ok(())
 }
 
@@ -131,8 +120,8 @@ struct Nats {
 }
 
 impl World for Nats {
-    async fn number(&self, parity: Parity, until: Instant) -> Option<u16> {
-        numbers::get(&self.client, parity, until, self.hedge_after).await
+    async fn factor(&self, parity: Parity, until: Instant) -> Option<u16> {
+        factors::get(&self.client, parity, until, self.hedge_after).await
     }
 
     async fn publish(

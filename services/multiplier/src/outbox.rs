@@ -30,8 +30,8 @@ const REPORT: u64 = 120;
 
 /// What the outbox needs of the world.
 pub trait World: Send + Sync {
-    /// A number of this parity, if a generator gives one in time.
-    fn number(&self, parity: Parity, until: Instant) -> impl Future<Output = Option<u16>> + Send;
+    /// A factor of this parity, if a generator gives one in time.
+    fn factor(&self, parity: Parity, until: Instant) -> impl Future<Output = Option<u16>> + Send;
 
     /// Publishes with the slot as the message id, once, and waits for the acknowledgement.
     fn publish(
@@ -138,8 +138,8 @@ impl<W: World> Outbox<W> {
             // it must not come before the draw of a replica that has numbers.
             if draw.product().is_none() {
                 let until = self.clock.budget(turn);
-                let number = |parity| self.world.number(parity, until);
-                (draw.even, draw.odd) = tokio::join!(number(Parity::Even), number(Parity::Odd));
+                let factor = |parity| self.world.factor(parity, until);
+                (draw.even, draw.odd) = tokio::join!(factor(Parity::Even), factor(Parity::Odd));
             }
             let ack = self.world.publish(subjects::DRAW, turn.slot, draw.encode()).await?;
             if ack.duplicate {

@@ -521,7 +521,7 @@ impl Wires {
 }
 
 impl World for Wires {
-    async fn number(&self, parity: Parity, until: Instant) -> Option<u16> {
+    async fn factor(&self, parity: Parity, until: Instant) -> Option<u16> {
         let away = self.simulation.lock().away[usize::from(parity == Parity::Odd)];
         if pending(away) || self.is_cut_off() {
             sleep_until(until).await;

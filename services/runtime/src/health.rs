@@ -21,59 +21,43 @@ use crate::connection;
 /// How long a question and its answer may take.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// For a service that does not serve HTTP anyway.
+/// For a service that serves no HTTP of its own.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct HealthSettings {
     /// Answer `GET /healthz` here: 200, or 503 without a connection to NATS
     #[arg(long, env = "EVENODD_HEALTH", value_name = "ADDRESS:PORT")]
-    health: Option<SocketAddr>,
+    pub health: Option<SocketAddr>,
 }
 
-impl HealthSettings {
-    /// Where `healthcheck` asks.
-    #[must_use]
-    pub fn page(&self) -> Option<(SocketAddr, &'static str)> {
-        self.health.map(|address| (address, "/healthz"))
-    }
-
-    /// Takes the address, if there is one. Connections queue until [`Health::serve`] runs.
-    ///
-    /// # Errors
-    /// If the address cannot be listened on.
-    pub async fn listen(self) -> anyhow::Result<Health> {
-        let Some(address) = self.health else { return Ok(Health(None)) };
-        let listener = TcpListener::bind(address).await.with_context(|| {
-            format!("cannot listen on {address}; choose another address with --health")
-        })?;
-        Ok(Health(Some(listener)))
-    }
+/// Listens on the address, if there is one. Connections queue until [`serve`] runs.
+pub(crate) async fn listen(address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
+    let Some(address) = address else { return Ok(None) };
+    let listener = TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen on {address}; choose another address with --health")
+    })?;
+    Ok(Some(listener))
 }
 
-/// Where the question whether a service is well comes in, if it does.
-pub struct Health(Option<TcpListener>);
-
-impl Health {
-    /// Answers for as long as the service runs, one question at a time.
-    pub async fn serve(self, client: Client) -> Infallible {
-        let Some(listener) = self.0 else { return std::future::pending().await };
-        loop {
-            let Ok((stream, _)) = listener.accept().await else {
-                tokio::time::sleep(TIMEOUT).await;
-                continue;
-            };
-            let answer = service_fn(async |_| {
-                let (status, text) = match connection::is_connected(&client) {
-                    true => (StatusCode::OK, "ok\n"),
-                    false => (StatusCode::SERVICE_UNAVAILABLE, "not connected to NATS\n"),
-                };
-                Response::builder().status(status).body(text.to_owned())
-            });
-            let mut builder = http1::Builder::new();
-            builder.keep_alive(false).timer(TokioTimer::new());
-            let connection = builder.serve_connection(TokioIo::new(stream), answer);
-            // Whoever asked in another way has no answer.
-            let _ = tokio::time::timeout(TIMEOUT, connection).await;
-        }
+/// Answers for as long as the service runs, one request at a time.
+pub(crate) async fn serve(listener: Option<TcpListener>, client: Client) -> Infallible {
+    let Some(listener) = listener else { return std::future::pending().await };
+    let answer = service_fn(async |_| {
+        let (status, text) = match connection::is_connected(&client) {
+            true => (StatusCode::OK, "ok\n"),
+            false => (StatusCode::SERVICE_UNAVAILABLE, "not connected to NATS\n"),
+        };
+        Response::builder().status(status).body(text.to_owned())
+    });
+    let mut builder = http1::Builder::new();
+    builder.keep_alive(false).timer(TokioTimer::new());
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(TIMEOUT).await;
+            continue;
+        };
+        let connection = builder.serve_connection(TokioIo::new(stream), &answer);
+        // A malformed or slow request gets no answer.
+        let _ = tokio::time::timeout(TIMEOUT, connection).await;
     }
 }
 

@@ -7,12 +7,12 @@ use async_nats::header::{HeaderMap, NATS_MESSAGE_ID, NATS_SEQUENCE, NATS_TIME_ST
 use async_nats::{Client, Message};
 use bytes::Bytes;
 use futures::StreamExt;
-use futures::stream::FuturesUnordered;
 use serde_json::json;
 use time::format_description::well_known::Rfc3339;
 use time::{OffsetDateTime, UtcOffset};
 
 use crate::connection;
+use crate::hedge::hedged;
 
 /// The most messages that one batch may ask for.
 pub const MAX_BATCH: usize = 1000;
@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 const HEDGE: Duration = Duration::from_millis(150);
 /// How often one read is asked for: one of three replicas that is silent gets all of these requests
 /// once in 243 times.
-const TRIES: u32 = 5;
+const TRIES: usize = 5;
 
 /// Statuses in place of a message: no (further) message; nobody listens.
 const END_OF_BATCH: u16 = 204;
@@ -117,21 +117,13 @@ async fn ask(
     // Without a batch size the one message is the whole answer, and no end follows it.
     let single = request.get("batch").is_none();
     let payload = Bytes::from(request.to_string());
-    let mut asked = FuturesUnordered::new();
-    let mut hedge = tokio::time::interval(HEDGE);
-    let mut tries = 0;
-    loop {
-        tokio::select! {
-            Some(result) = asked.next(), if !asked.is_empty() => match result {
-                Err(ReadError::TimedOut(_)) if tries < TRIES || !asked.is_empty() => {}
-                result => return result,
-            },
-            _ = hedge.tick(), if tries < TRIES => {
-                tries += 1;
-                asked.push(ask_once(client, stream, payload.clone(), single));
-            }
+    let read = hedged(HEDGE, TRIES, async || {
+        match ask_once(client, stream, payload.clone(), single).await {
+            Err(ReadError::TimedOut(_)) => None,
+            result => Some(result),
         }
-    }
+    });
+    read.await.unwrap_or(Err(ReadError::TimedOut(stream)))
 }
 
 async fn ask_once(

@@ -4,6 +4,7 @@
 pub mod connection;
 mod credentials;
 pub mod health;
+mod hedge;
 pub mod history;
 pub mod jetstream;
 pub mod micro;
@@ -12,4 +13,5 @@ pub mod settings;
 pub mod telemetry;
 
 pub use credentials::Credentials;
-pub use process::{Service, main, shutdown_on_signal};
+pub use hedge::hedged;
+pub use process::{Service, Shutdown, main};

@@ -7,10 +7,9 @@ use std::time::Duration;
 use async_nats::ServerAddr;
 use clap::Args;
 use clap::builder::ValueParser;
-use tracing_subscriber::EnvFilter;
 
 use crate::credentials::Credentials;
-use crate::telemetry::LogFormat;
+use crate::telemetry::LogSettings;
 
 /// What every service can be told.
 #[derive(Args, Clone, Debug)]
@@ -48,24 +47,6 @@ pub struct NatsSettings {
     pub credentials: Credentials,
 }
 
-/// What is logged, and how.
-#[derive(Args, Clone, Debug)]
-pub struct LogSettings {
-    /// How log lines are written
-    #[arg(
-        long,
-        global = true,
-        env = "EVENODD_LOG_FORMAT",
-        value_name = "FORMAT",
-        default_value = "text"
-    )]
-    pub log_format: LogFormat,
-
-    /// What is logged: error, warn, info, debug, trace, or a list such as multiplier=debug,info
-    #[arg(long, global = true, env = "EVENODD_LOG", value_name = "FILTER", value_parser = log_filter)]
-    pub log: Option<String>,
-}
-
 /// The address of a NATS server.
 ///
 /// # Errors
@@ -75,13 +56,6 @@ pub fn server(text: &str) -> Result<ServerAddr, String> {
         return Err("it is empty; it is something like nats://host:4222".to_owned());
     }
     text.parse().map_err(|e| format!("{e}"))
-}
-
-fn log_filter(text: &str) -> Result<String, String> {
-    match EnvFilter::builder().parse(text) {
-        Ok(_) => Ok(text.to_owned()),
-        Err(e) => Err(e.to_string()),
-    }
 }
 
 /// A parser for a number of milliseconds within bounds.

@@ -2,10 +2,27 @@
 
 use std::io::IsTerminal;
 
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::ParseError;
 
-use crate::settings::LogSettings;
+/// What is logged, and how.
+#[derive(Args, Clone, Debug)]
+pub struct LogSettings {
+    /// How log lines are written
+    #[arg(
+        long,
+        global = true,
+        env = "EVENODD_LOG_FORMAT",
+        value_name = "FORMAT",
+        default_value = "text"
+    )]
+    pub log_format: LogFormat,
+
+    /// What is logged: error, warn, info, debug, trace, or a list such as multiplier=debug,info
+    #[arg(long, global = true, env = "EVENODD_LOG", value_name = "FILTER", value_parser = log_filter)]
+    pub log: Option<String>,
+}
 
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -15,6 +32,10 @@ pub enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
+}
+
+fn log_filter(text: &str) -> Result<String, ParseError> {
+    EnvFilter::builder().parse(text).map(|_| text.to_owned())
 }
 
 /// Starts logging, with a filter in the syntax of `tracing`'s `EnvFilter` unless the settings have

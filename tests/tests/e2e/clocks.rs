@@ -8,9 +8,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use contract::SlotLength;
 use multiplier::clock::Clock;
 use runtime::settings::NatsSettings;
-use runtime::{Credentials, connection};
+use runtime::{Credentials, Shutdown, connection};
 use tests::{Audit, Pipeline, Ticks};
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 const HOUR_MS: i64 = 3_600_000;
@@ -37,8 +36,8 @@ impl Multiplier {
         let nats = vec![pipeline.broker.url().parse().unwrap()];
         let settings = NatsSettings { nats, credentials: Credentials::default() };
         let client = connection::connect(&settings, "multiplier", "multiplier").await.unwrap();
-        let drain = Duration::from_secs(5);
-        let task = tokio::spawn(multiplier::run(client, clock, CancellationToken::new(), drain));
+        let shutdown = Shutdown::new(Duration::from_secs(5));
+        let task = tokio::spawn(multiplier::run(client, clock, shutdown));
         Self { offset_ms, _task: AbortOnDropHandle::new(task) }
     }
 }

@@ -24,13 +24,13 @@ async fn each_parity_covers_its_whole_range() {
             [start(&scratch, &broker, parity).await, start(&scratch, &broker, parity).await];
         let mut seen = HashSet::new();
         // Of n equally likely numbers one is still missing after 25 n draws once in 10^8 times.
-        for _ in 0..parity.numbers().len() * 25 / 100 {
+        for _ in 0..parity.factors().len() * 25 / 100 {
             let requests = (0..100).map(|_| client.request(parity.subject(), "".into()));
             for reply in join_all(requests).await {
                 seen.insert(parity.decode_reply(&reply.unwrap().payload).unwrap());
             }
         }
-        assert_eq!(seen, parity.numbers().collect());
+        assert_eq!(seen, parity.factors().collect());
     }
 }
 

@@ -81,8 +81,8 @@ impl Draws {
         if kept.due == Some(product) {
             return Ok(());
         }
-        let due = kept.due.map_or("nothing".to_owned(), |due| due.number().to_string());
-        Err(format!("slot {slot} has drawn {due}, not {}", product.number()))
+        let due = kept.due.map_or("nothing".to_owned(), |due| due.value().to_string());
+        Err(format!("slot {slot} has drawn {due}, not {}", product.value()))
     }
 
     /// After the whole history: what is missing in it, and can no longer come.
