@@ -17,7 +17,7 @@ use futures::{StreamExt, stream};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use runtime::{history, jetstream};
-use tests::{Broker, PATIENCE, Pipeline, Process, Scratch, eventually, repository};
+use tests::{Broker, Pipeline, Process, Scratch, eventually, patience, repository};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
@@ -212,7 +212,7 @@ async fn live(pipeline: &Pipeline, clients: u64, published: u64) {
     }
     let mut delays = Vec::new();
     for feed in feeds {
-        let arrivals = tokio::time::timeout(PATIENCE, feed).await.unwrap().unwrap();
+        let arrivals = tokio::time::timeout(patience(), feed).await.unwrap().unwrap();
         assert_eq!(arrivals.len(), sent.len(), "a client missed something");
         delays.extend(arrivals.iter().zip(&sent).map(|(at, sent)| *at - *sent));
     }
@@ -321,7 +321,7 @@ async fn fill(client: &Client) {
     let mut acks = client.subscribe(inbox.clone()).await.unwrap();
     for slot in 1..=LONG + WINDOW {
         if slot > WINDOW {
-            let ack = tokio::time::timeout(PATIENCE, acks.next()).await;
+            let ack = tokio::time::timeout(patience(), acks.next()).await;
             let ack: serde_json::Value =
                 serde_json::from_slice(&ack.unwrap().unwrap().payload).unwrap();
             assert_eq!(ack["seq"], slot - WINDOW, "{ack}");
@@ -342,7 +342,7 @@ async fn fill(client: &Client) {
 
 async fn publish(client: &Client, slot: u64) {
     let payload = product(slot).encode().into();
-    let ack = jetstream::publish(client, subjects::PUBLISH, Slot(slot), payload, PATIENCE).await;
+    let ack = jetstream::publish(client, subjects::PUBLISH, Slot(slot), payload, patience()).await;
     assert_eq!(ack.unwrap().sequence, slot);
 }
 

@@ -5,14 +5,14 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use nix::sys::signal::Signal;
+use tokio::net::TcpStream;
 
-use crate::{Process, Scratch, repository};
+use crate::{NATS_PORT, Process, Scratch, network, repository};
 
-/// A nats-server with a store and ports of its own.
+/// A nats-server with a store and an address of its own.
 pub struct Broker {
     process: Process,
-    port: u16,
-    command: Vec<String>,
+    host: String,
 }
 
 impl Broker {
@@ -23,37 +23,43 @@ impl Broker {
 
     /// Starts one with a configuration of the test's.
     pub async fn start_with(scratch: &Scratch, configuration: &Path) -> Self {
+        Self::start_at(scratch, configuration, format!("{}.1", network())).await
+    }
+
+    /// Starts one at this address.
+    pub async fn start_at(scratch: &Scratch, configuration: &Path, host: String) -> Self {
         let store = scratch.path("jetstream");
-        let command: Vec<String> = [
+        let command = [
             nats_server().to_str().unwrap(),
             "-c",
             configuration.to_str().unwrap(),
             "-sd",
             store.to_str().unwrap(),
+            "-a",
+            &host,
+            "-p",
+            &NATS_PORT.to_string(),
             "-m",
             "-1",
-            "-p",
-        ]
-        .map(str::to_owned)
-        .into();
-        // The server takes a free port itself, and keeps it over restarts.
-        let mut process = Process::start_command(scratch, "nats-server", with_port(&command, -1));
-        let line = process.wait_for("Listening for client connections on").await;
-        let port = line.rsplit(':').next().unwrap().parse().unwrap();
-        process.wait_for("Server is ready").await;
-        Self { process, port, command }
+        ];
+        let command = command.map(str::to_owned).into();
+        let process = Process::start_command(scratch, "nats-server", command);
+        let mut broker = Self { process, host };
+        broker.listens().await;
+        broker
+    }
+
+    async fn listens(&mut self) {
+        let address = (self.host.clone(), NATS_PORT);
+        self.process
+            .until("it listens", async |_| TcpStream::connect(address.clone()).await.ok())
+            .await;
     }
 
     /// Where clients connect.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.port)
-    }
-
-    /// The port that clients connect to.
-    #[must_use]
-    pub fn port(&self) -> u16 {
-        self.port
+        format!("nats://{}:{NATS_PORT}", self.host)
     }
 
     /// The process id.
@@ -67,12 +73,10 @@ impl Broker {
         self.process.kill();
     }
 
-    /// Starts it again, on the same store and port.
-    pub async fn restart(&mut self, scratch: &Scratch) {
-        assert!(self.process.exit_status().is_some(), "it is still running");
-        let command = with_port(&self.command, self.port.into());
-        self.process = Process::start_command(scratch, "nats-server", command);
-        self.process.wait_for("Server is ready").await;
+    /// Starts it again, on the same store and address.
+    pub async fn restart(&mut self) {
+        self.process.start_again();
+        self.listens().await;
     }
 
     /// SIGSTOP: connections stay open and nothing is answered.
@@ -84,12 +88,6 @@ impl Broker {
     pub fn thaw(&self) {
         self.process.signal(Signal::SIGCONT);
     }
-}
-
-fn with_port(command: &[String], port: i32) -> Vec<String> {
-    let mut command = command.to_vec();
-    command.push(port.to_string());
-    command
 }
 
 /// The nats-server that `nats/install` settles on.

@@ -1,13 +1,12 @@
 //! Three real nats-servers that keep every stream three times, as processes of this machine.
 
 use std::fs;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use async_nats::jetstream;
 use async_nats::{Client, ConnectOptions};
 use nix::sys::signal::Signal;
 
-use crate::{Process, Scratch, eventually, nats_server, repository};
+use crate::{NATS_PORT, Process, Scratch, eventually, nats_server, network, repository};
 
 /// How many there are.
 pub const COUNT: usize = 3;
@@ -21,12 +20,9 @@ pub struct Brokers {
 impl Brokers {
     /// Starts three, and waits until they have a leader.
     pub async fn start(scratch: &Scratch) -> Self {
-        // Addresses of its own instead of ports of its own: none is taken that another test may get.
-        static CLUSTERS: AtomicU32 = AtomicU32::new(0);
-        let n = std::process::id() * 16 + CLUSTERS.fetch_add(1, Ordering::Relaxed);
-        let net = format!("127.{}.{}", 1 + n / 250 % 250, n % 250);
+        let net = network();
         let hosts: Vec<_> = (1..=COUNT).map(|node| format!("{net}.{node}")).collect();
-        let routes: Vec<_> = hosts.iter().map(|host| format!("nats://{host}:6222")).collect();
+        let routes: Vec<_> = hosts.iter().map(|host| format!("nats://{host}:16222")).collect();
         let single = fs::read_to_string(repository().join("nats/single.conf")).unwrap();
         let mut nodes = Vec::new();
         for host in &hosts {
@@ -35,7 +31,7 @@ impl Brokers {
             let own = own.replace("server_name: evenodd", &format!("server_name: \"{host}\""));
             assert!(own.contains(&format!("server_name: \"{host}\"")));
             let cluster = format!(
-                "cluster {{ name: test, host: \"{host}\", port: 6222, routes: {routes:?}\n\
+                "cluster {{ name: test, host: \"{host}\", port: 16222, routes: {routes:?}\n\
                  ping_interval: \"1s\", ping_max: 2 }}\n"
             );
             fs::write(&configuration, own + &cluster).unwrap();
@@ -46,11 +42,13 @@ impl Brokers {
                 configuration.to_str().unwrap(),
                 "-sd",
                 store.to_str().unwrap(),
+                "-p",
+                &NATS_PORT.to_string(),
             ];
             let command = command.map(str::to_owned).into();
             nodes.push(Process::start_command(scratch, "nats-server", command));
         }
-        let urls = hosts.iter().map(|host| format!("nats://{host}:4222")).collect();
+        let urls = hosts.iter().map(|host| format!("nats://{host}:{NATS_PORT}")).collect();
         Self { nodes, urls }
     }
 

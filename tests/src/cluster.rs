@@ -11,7 +11,7 @@ use contract::streams::{NUMBERS, TICKS};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{Scratch, repository};
+use crate::{Scratch, patient, repository};
 
 /// A project of its own: the volumes of a cluster that somebody runs here are not touched.
 pub const PROJECT: &str = "evenodd-test";
@@ -134,7 +134,7 @@ pub async fn in_time(what: &str, condition: impl AsyncFnMut() -> bool) {
 /// # Panics
 /// If it does not within `limit`.
 pub async fn within(limit: Duration, what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    let begun = Instant::now();
+    let (begun, limit) = (Instant::now(), patient(limit));
     while !condition().await {
         assert!(begun.elapsed() < limit, "never came true: {what}");
         tokio::time::sleep(Duration::from_millis(200)).await;

@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::PATIENCE;
+use crate::patience;
 
 /// An answer.
 #[derive(Debug)]
@@ -96,7 +96,7 @@ async fn answer(stream: TcpStream) -> io::Result<Answer> {
     let mut reader = BufReader::new(stream);
     let head = head(&mut reader).await?;
     let mut bytes = Vec::new();
-    timeout(PATIENCE, reader.read_to_end(&mut bytes)).await??;
+    timeout(patience(), reader.read_to_end(&mut bytes)).await??;
     Ok(Answer::new(&head, bytes))
 }
 
@@ -104,7 +104,7 @@ async fn answer(stream: TcpStream) -> io::Result<Answer> {
 async fn head(reader: &mut BufReader<TcpStream>) -> io::Result<String> {
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
-        if timeout(PATIENCE, reader.read_line(&mut head)).await?? == 0 {
+        if timeout(patience(), reader.read_line(&mut head)).await?? == 0 {
             return Err(io::Error::other(format!("closed: {head}")));
         }
     }
@@ -180,7 +180,7 @@ impl Lines {
     /// The next line; `None` at the end.
     pub async fn line(&mut self) -> Option<String> {
         let mut line = String::new();
-        let read = timeout(PATIENCE, self.reader.read_line(&mut line)).await;
+        let read = timeout(patience(), self.reader.read_line(&mut line)).await;
         // A connection that is reset has ended as well.
         let read = read.expect("nothing came for a long time").unwrap_or(0);
         (read > 0).then(|| line.trim_end().to_owned())

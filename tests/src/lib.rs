@@ -21,19 +21,65 @@ mod process;
 pub mod ticks;
 pub mod watch;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use tokio::sync::{Mutex, MutexGuard};
 
 pub use broker::{Broker, nats_server};
 pub use brokers::Brokers;
-pub use pipeline::{Pipeline, gateway};
+pub use pipeline::{Pipeline, gateway, publish};
 pub use process::Process;
 pub use ticks::{Audit, Ticks};
 
-/// Longer than anything here takes on a busy machine of two cores.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How long to wait for anything before a test fails: longer than it takes on a busy machine of two
+/// cores.
+#[must_use]
+pub fn patience() -> Duration {
+    patient(Duration::from_secs(30))
+}
+
+/// A time limit as this machine needs it: `EVENODD_TEST_PATIENCE` multiplies it.
+#[must_use]
+pub fn patient(limit: Duration) -> Duration {
+    let factor = std::env::var("EVENODD_TEST_PATIENCE").unwrap_or_else(|_| "1".to_owned());
+    limit.mul_f64(factor.parse().expect("EVENODD_TEST_PATIENCE is a number, such as 2"))
+}
+
+/// The first three parts of addresses that nobody else uses, `127.x.y`. All ports there are free, and
+/// stay free while a server of the test is down. (All of 127.0.0.0/8 is this machine on Linux.)
+#[must_use]
+pub fn network() -> String {
+    let n = unique();
+    format!("127.{}.{}", 1 + n / 250 % 250, n % 250)
+}
+
+/// The port of brokers and of gateways on addresses of their own: not the usual ones, on which somebody
+/// may listen at all addresses of this machine.
+const NATS_PORT: u16 = 14_222;
+const HTTP_PORT: u16 = 18_080;
+
+/// A port of 127.0.0.1 that nobody else uses, for what cannot have an address of its own. It is below
+/// the range that the kernel gives out, and so is the one 4000 above it.
+#[must_use]
+pub fn port() -> u16 {
+    u16::try_from(10_000 + unique() % 18_000).unwrap()
+}
+
+/// A number that no other test has: neither of this process nor, most likely, of another one.
+fn unique() -> u32 {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    std::process::id().wrapping_mul(512) + COUNT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Tests that measure how regularly something happens hold this, so that one of them runs at a time.
+pub async fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::const_new(());
+    ALONE.lock().await
+}
 
 /// A directory for everything that one test writes.
 #[derive(Debug)]
@@ -78,11 +124,11 @@ pub fn repository() -> &'static Path {
 /// Polls until `condition` holds.
 ///
 /// # Panics
-/// If it does not within [`PATIENCE`].
+/// If it does not within [`patience`].
 pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let start = Instant::now();
     while !condition().await {
-        assert!(start.elapsed() < PATIENCE, "never came true: {what}");
+        assert!(start.elapsed() < patience(), "never came true: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -95,16 +141,31 @@ pub async fn connect(broker: &Broker) -> async_nats::Client {
 /// Every answer to a request of the Services API (ADR-32), such as `PING` or `STATS.even`, that
 /// comes within a short time.
 pub async fn services(client: &async_nats::Client, verb: &str) -> Vec<serde_json::Value> {
+    const QUIET: Duration = Duration::from_millis(100);
     let inbox = client.new_inbox();
     let mut answers = client.subscribe(inbox.clone()).await.unwrap();
     let subject = format!("$SRV.{verb}");
     client.publish_with_reply(subject, inbox, "".into()).await.unwrap();
     let mut all = Vec::new();
-    while let Ok(Some(answer)) =
-        tokio::time::timeout(Duration::from_millis(300), answers.next()).await
-    {
+    while let Ok(Some(answer)) = tokio::time::timeout(QUIET, answers.next()).await {
         // With no service at all the server says so itself, without a payload.
         all.extend(serde_json::from_slice::<serde_json::Value>(&answer.payload));
     }
     all
+}
+
+/// The replicas that have been seen, by id: every start of a service has one of its own.
+#[derive(Default)]
+pub struct Replicas(Mutex<HashSet<String>>);
+
+impl Replicas {
+    /// Waits until a replica of this service answers that was not seen before.
+    pub async fn appear(&self, client: &async_nats::Client, service: &str) {
+        let mut seen = self.0.lock().await;
+        eventually(&format!("a new replica of {service} answers"), async || {
+            let answers = services(client, &format!("PING.{service}")).await;
+            answers.iter().any(|answer| seen.insert(answer["id"].as_str().unwrap().to_owned()))
+        })
+        .await;
+    }
 }

@@ -1,14 +1,13 @@
 //! A broker, provisioned, with services on it.
 
-use std::time::Duration;
-
 use async_nats::Client;
 use contract::streams::NUMBERS;
 use contract::{Message, Parity, Product, Slot, subjects};
 use runtime::history::{self, Entry};
 use runtime::jetstream;
+use tokio::net::TcpStream;
 
-use crate::{Broker, Process, Scratch, connect};
+use crate::{Broker, HTTP_PORT, Process, Replicas, Scratch, connect, network, patience};
 
 /// A provisioned broker and what runs on it. The parts are public: tests kill and freeze them.
 pub struct Pipeline {
@@ -16,6 +15,7 @@ pub struct Pipeline {
     pub broker: Broker,
     /// A client of the test's own.
     pub client: Client,
+    replicas: Replicas,
     /// The directory of the test. Dropped last.
     pub scratch: Scratch,
 }
@@ -31,7 +31,8 @@ impl Pipeline {
     /// The same on a broker that is there already.
     pub async fn on(scratch: Scratch, broker: Broker) -> Self {
         let client = connect(&broker).await;
-        let pipeline = Self { broker, client, scratch };
+        let replicas = Replicas::default();
+        let pipeline = Self { broker, client, replicas, scratch };
         let provision = pipeline.evenodd(&["provision"]).await;
         assert_eq!(provision.0, Some(0), "{}", provision.1);
         pipeline
@@ -41,7 +42,7 @@ impl Pipeline {
     pub async fn generator(&self, parity: Parity) -> Process {
         let url = self.broker.url();
         let args = ["--parity", parity.name(), "--nats", &url];
-        self.started("generator", &args, "answering").await
+        self.started("generator", &args, parity.name()).await
     }
 
     /// Two generators of each parity.
@@ -58,7 +59,7 @@ impl Pipeline {
     pub async fn multiplier(&self, slot_ms: u64) -> Process {
         let (url, slot_ms) = (self.broker.url(), slot_ms.to_string());
         let args = ["--nats", &url, "--slot-ms", &slot_ms];
-        self.started("multiplier", &args, "ticking").await
+        self.started("multiplier", &args, "multiplier").await
     }
 
     /// As many multipliers as the caller takes.
@@ -77,28 +78,24 @@ impl Pipeline {
 
     /// A gateway with further arguments.
     pub async fn gateway_with(&self, args: &[&str]) -> (Process, String) {
-        let (mut process, address) = gateway(&self.scratch, &self.broker.url(), args).await;
-        process.wait_for("connected to NATS").await;
-        (process, address)
+        let gateway = gateway(&self.scratch, &self.broker.url(), args).await;
+        self.replicas.appear(&self.client, "gateway").await;
+        gateway
     }
 
-    /// Publishes one more number, the same every time, and returns its sequence.
+    /// Publishes one more product, the same every time, and returns its sequence.
     pub async fn publish(&self, slot: u64) -> u64 {
-        let payload = Product::new(846, 511).unwrap().encode();
-        self.store(slot, payload).await
+        publish(&self.client, slot).await
     }
 
     /// Publishes whatever it is.
     pub async fn store(&self, slot: u64, payload: Vec<u8>) -> u64 {
-        let (subject, timeout) = (subjects::PUBLISH, Duration::from_secs(5));
-        let ack = jetstream::publish(&self.client, subject, Slot(slot), payload.into(), timeout);
-        ack.await.unwrap().sequence
+        store(&self.client, slot, payload).await
     }
 
-    async fn started(&self, binary: &str, args: &[&str], log: &str) -> Process {
-        let mut process = Process::start(&self.scratch, binary, args);
-        process.wait_for(log).await;
-        process.wait_for("connected to NATS").await;
+    async fn started(&self, binary: &str, args: &[&str], service: &str) -> Process {
+        let process = Process::start(&self.scratch, binary, args);
+        self.replicas.appear(&self.client, service).await;
         process
     }
 
@@ -129,10 +126,20 @@ impl Pipeline {
 
 /// A gateway that may or may not find a broker, and the address it serves.
 pub async fn gateway(scratch: &Scratch, url: &str, args: &[&str]) -> (Process, String) {
-    let args = [&["--nats", url, "--http", "127.0.0.1:0"], args].concat();
+    let address = format!("{}.1:{HTTP_PORT}", network());
+    let args = [&["--nats", url, "--http", &address], args].concat();
     let mut process = Process::start(scratch, "gateway", &args);
-    let line = process.wait_for("serving http://").await;
-    let address = line.split("http://").nth(1).unwrap();
-    let address = address.split('/').next().unwrap().to_owned();
+    process.until("it listens", async |_| TcpStream::connect(&address).await.ok()).await;
     (process, address)
+}
+
+/// Publishes one more product, the same every time, and returns its sequence.
+pub async fn publish(client: &Client, slot: u64) -> u64 {
+    store(client, slot, Product::new(846, 511).unwrap().encode()).await
+}
+
+async fn store(client: &Client, slot: u64, payload: Vec<u8>) -> u64 {
+    let (payload, timeout) = (payload.into(), patience());
+    let ack = jetstream::publish(client, subjects::PUBLISH, Slot(slot), payload, timeout);
+    ack.await.unwrap().sequence
 }

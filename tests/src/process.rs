@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{PATIENCE, Scratch, repository};
+use crate::{Scratch, patience, repository};
 
 /// A running process. Dropping it kills it.
 pub struct Process {
@@ -101,34 +101,40 @@ impl Process {
     /// Waits for its end.
     ///
     /// # Panics
-    /// If it does not end within [`PATIENCE`].
+    /// If it does not end within [`patience`].
     pub async fn wait(&mut self) -> ExitStatus {
-        self.until("it ends", |process| process.exit_status()).await
+        self.until("it ends", async |process| process.exit_status()).await
     }
 
     /// Waits until its output holds `text`, and returns the first line that does.
     pub async fn wait_for(&mut self, text: &str) -> String {
-        self.until(text, |process| {
+        self.until(text, async |process| {
             let log = process.log();
-            if let Some(line) = log.lines().find(|line| line.contains(text)) {
-                return Some(line.to_owned());
-            }
-            if let Some(status) = process.exit_status() {
+            let line = log.lines().find(|line| line.contains(text)).map(str::to_owned);
+            if let (None, Some(status)) = (&line, process.exit_status()) {
                 panic!("ended with {status} before it printed {text:?}:\n{}", process.log());
             }
-            None
+            line
         })
         .await
     }
 
-    async fn until<T>(&mut self, what: &str, mut probe: impl FnMut(&mut Self) -> Option<T>) -> T {
+    /// Waits until there is a value.
+    ///
+    /// # Panics
+    /// If there is none within [`patience`].
+    pub async fn until<T>(
+        &mut self,
+        what: &str,
+        mut probe: impl AsyncFnMut(&mut Self) -> Option<T>,
+    ) -> T {
         let start = Instant::now();
         loop {
-            if let Some(value) = probe(self) {
+            if let Some(value) = probe(self).await {
                 return value;
             }
             assert!(
-                start.elapsed() < PATIENCE,
+                start.elapsed() < patience(),
                 "{}: waited in vain for: {what}\n{}",
                 self.command[0],
                 self.log()

@@ -9,7 +9,7 @@ use contract::{Draw, Message, Product, Slot, subjects};
 use futures::StreamExt;
 use runtime::history::{self, Entry, MAX_BATCH};
 
-use crate::{PATIENCE, eventually};
+use crate::{eventually, patience};
 
 /// All ticks since it was made.
 pub struct Ticks {
@@ -27,7 +27,7 @@ impl Ticks {
 
     /// The next tick.
     pub async fn next(&mut self) -> Draw {
-        let message = tokio::time::timeout(PATIENCE, self.draws.next())
+        let message = tokio::time::timeout(patience(), self.draws.next())
             .await
             .expect("no tick for a long time")
             .expect("the connection was closed");
@@ -47,7 +47,7 @@ impl Ticks {
 
     /// Reads on until there is a tick for which `condition` holds.
     pub async fn until(&mut self, condition: impl Fn(&Draw) -> bool) -> Draw {
-        let deadline = tokio::time::Instant::now() + PATIENCE;
+        let deadline = tokio::time::Instant::now() + patience();
         loop {
             assert!(tokio::time::Instant::now() < deadline, "no such tick");
             let draw = self.next().await;

@@ -6,6 +6,7 @@ use async_nats::{Client, ConnectOptions, Event, HeaderMap};
 use contract::{Draw, Message};
 use futures::{FutureExt, StreamExt};
 use tests::cluster::{self, BROKERS, NATS, USERS, compose, container, docker, inspect, ip};
+use tests::patience;
 use tokio::sync::mpsc;
 
 use crate::Cluster;
@@ -138,7 +139,7 @@ impl User {
     /// Whether the server refuses what was just asked of it. It says nothing if it does not.
     async fn is_refused(&mut self, expected: bool) -> bool {
         self.client.flush().await.unwrap();
-        let patience = if expected { Duration::from_secs(5) } else { Duration::from_millis(100) };
+        let patience = if expected { patience() } else { Duration::from_millis(100) };
         tokio::time::timeout(patience, self.refusals.recv()).await.is_ok()
     }
 

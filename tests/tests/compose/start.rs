@@ -8,6 +8,7 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 use tests::cluster::{self, BROKERS, HTTP, NATS, compose, containers, docker, in_time, inspect};
 use tests::http::{get, try_get};
+use tests::patience;
 
 use crate::Cluster;
 
@@ -66,7 +67,7 @@ pub async fn the_cluster_is_redundant(cluster: Cluster) {
     // Nothing but a client and its library's defaults: no key, no certificate.
     let anybody = async_nats::connect(NATS).await.unwrap();
     let mut live = anybody.subscribe("numbers.published").await.unwrap();
-    let message = tokio::time::timeout(Duration::from_secs(30), live.next()).await.unwrap();
+    let message = tokio::time::timeout(patience(), live.next()).await.unwrap();
     contract::Product::decode(&message.unwrap().payload).unwrap();
     for (path, status) in [("/", 200), ("/metrics", 404), ("/%6Detrics/", 404), ("/replicas", 200)]
     {

@@ -11,7 +11,8 @@ use contract::subjects;
 use futures::StreamExt;
 use runtime::history::Entry;
 use tests::brokers::COUNT;
-use tests::{Audit, Brokers, PATIENCE, Process, Scratch, Ticks, eventually};
+use tests::{Audit, Brokers, Process, Replicas, Scratch, Ticks, eventually, patience};
+use tokio::sync::MutexGuard;
 use tokio::time::{Instant, sleep};
 
 /// A cluster with two generators of each kind, and somebody who listens at each broker.
@@ -20,13 +21,16 @@ struct Cluster {
     clients: Vec<Client>,
     /// How often each number was heard at each broker, by sequence.
     heard: Vec<Arc<Mutex<BTreeMap<u64, usize>>>>,
+    replicas: Replicas,
     slot_ms: u64,
     scratch: Scratch,
     _generators: Vec<Process>,
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Cluster {
     async fn start(slot_ms: u64) -> Self {
+        let alone = tests::alone().await;
         let scratch = Scratch::new();
         let brokers = Brokers::start(&scratch).await;
         let url = brokers.url();
@@ -44,7 +48,16 @@ impl Cluster {
             let args = ["--parity", parity, "--nats", &url];
             generators.push(Process::start(&scratch, "generator", &args));
         }
-        let cluster = Self { brokers, clients, heard, slot_ms, scratch, _generators: generators };
+        let cluster = Self {
+            brokers,
+            clients,
+            heard,
+            replicas: Replicas::default(),
+            slot_ms,
+            scratch,
+            _generators: generators,
+            _alone: alone,
+        };
         cluster.heals(0).await;
         cluster
     }
@@ -58,6 +71,9 @@ impl Cluster {
     async fn multipliers<const N: usize>(&self) -> [Process; N] {
         let mut ticks = Ticks::watch(&self.clients[0]).await;
         let multipliers = [(); N].map(|()| self.multiplier(&self.brokers.url()));
+        for _ in &multipliers {
+            self.replicas.appear(&self.clients[0], "multiplier").await;
+        }
         ticks.take(10).await;
         multipliers
     }
@@ -91,7 +107,7 @@ impl Cluster {
     async fn is_right(&self, node: usize, all_heard_at: &[usize]) -> Audit {
         let mut audit = Audit::of(&self.clients[node]).await;
         // One multiplier may be ahead of another that still has the slots of an outage before it.
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         while !audit.missed().is_empty() && Instant::now() < deadline {
             sleep(Duration::from_millis(100)).await;
             audit = Audit::of(&self.clients[node]).await;
@@ -128,16 +144,13 @@ async fn listen(client: &Client) -> Arc<Mutex<BTreeMap<u64, usize>>> {
     heard
 }
 
-/// Kills a multiplier at this time of a slot, and waits until it is back and draws.
-async fn kill(cluster: &Cluster, multiplier: &mut Process, offset: Duration) {
+/// Kills a multiplier at this time of a slot, and waits until it is back, as this broker sees it, and
+/// draws.
+async fn kill(cluster: &Cluster, node: usize, multiplier: &mut Process, offset: Duration) {
     cluster.sleep_into_next_slot(offset);
     multiplier.kill();
-    let before = multiplier.log().matches("connected to NATS").count();
     multiplier.start_again();
-    eventually("it is back", async || {
-        multiplier.log().matches("connected to NATS").count() > before
-    })
-    .await;
+    cluster.replicas.appear(&cluster.clients[node], "multiplier").await;
     sleep(Duration::from_millis(2 * cluster.slot_ms)).await;
 }
 
@@ -149,7 +162,7 @@ async fn a_killed_multiplier_costs_nothing() {
     let mut multipliers = cluster.multipliers::<2>().await;
     for n in 0..KILLS {
         let offset = Duration::from_millis(20) * n / KILLS;
-        kill(&cluster, &mut multipliers[n as usize % 2], offset).await;
+        kill(&cluster, 0, &mut multipliers[n as usize % 2], offset).await;
     }
     cluster.is_right(0, &[0, 1, 2]).await;
 }
@@ -166,7 +179,7 @@ async fn a_multiplier_that_is_killed_in_an_election_costs_nothing() {
         stays = (leader + 1) % COUNT;
         cluster.brokers.kill(leader);
         let offset = Duration::from_millis(20) * n / KILLS;
-        kill(&cluster, &mut multipliers[n as usize % 2], offset).await;
+        kill(&cluster, stays, &mut multipliers[n as usize % 2], offset).await;
         cluster.brokers.start_again(leader);
         cluster.heals(stays).await;
     }

@@ -156,7 +156,7 @@ async fn serves_what_it_has_while_the_broker_is_down() {
     eventually("not ready", async || readyz().await == 503).await;
     assert_eq!(get(&address, "/healthz", &[]).await.status, 200);
     assert_eq!(sequences(&address, 5).await, last_hundred(5));
-    pipeline.broker.restart(&pipeline.scratch).await;
+    pipeline.broker.restart().await;
     eventually("ready again", async || readyz().await == 200).await;
     pipeline.publish(6).await;
     assert_eq!(sequences(&address, 6).await, last_hundred(6));
@@ -196,7 +196,7 @@ async fn starts_before_the_broker_and_the_stream() {
     assert_eq!(get(address, "/healthz", &[]).await.status, 200);
     assert_eq!(get(address, "/readyz", &[]).await.status, 503);
     assert_eq!(get(address, "/numbers", &[]).await.status, 503);
-    broker.restart(&scratch).await;
+    broker.restart().await;
     gateway.wait_for("cannot read the history").await;
     let _provisioned = Pipeline::on(scratch, broker).await;
     assert_eq!(sequences(address, 0).await, last_hundred(0));

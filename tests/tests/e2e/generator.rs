@@ -5,23 +5,14 @@ use std::collections::HashSet;
 use contract::Parity;
 use futures::future::join_all;
 use futures::{FutureExt, StreamExt};
-use tests::{Broker, Pipeline, Process, Scratch, connect, eventually};
-
-async fn start(scratch: &Scratch, broker: &Broker, parity: Parity) -> Process {
-    let args = ["--parity", parity.name(), "--nats", &broker.url()];
-    let mut process = Process::start(scratch, "generator", &args);
-    process.wait_for("answering").await;
-    process
-}
+use tests::{Pipeline, eventually};
 
 #[tokio::test]
 async fn each_parity_covers_its_whole_range() {
-    let scratch = Scratch::new();
-    let broker = Broker::start(&scratch).await;
-    let client = connect(&broker).await;
+    let pipeline = Pipeline::new().await;
+    let client = &pipeline.client;
     for parity in [Parity::Even, Parity::Odd] {
-        let _replicas =
-            [start(&scratch, &broker, parity).await, start(&scratch, &broker, parity).await];
+        let _replicas = [pipeline.generator(parity).await, pipeline.generator(parity).await];
         let mut seen = HashSet::new();
         // Of n equally likely numbers one is still missing after 25 n draws once in 10^8 times.
         for _ in 0..parity.factors().len() * 25 / 100 {
@@ -60,18 +51,15 @@ async fn nobody_is_made_to_write_in_the_name_of_another() {
 
 #[tokio::test]
 async fn every_replica_is_listed_and_counts() {
-    let scratch = Scratch::new();
-    let broker = Broker::start(&scratch).await;
-    let _replicas = [
-        start(&scratch, &broker, Parity::Even).await,
-        start(&scratch, &broker, Parity::Even).await,
-    ];
-    let client = connect(&broker).await;
+    let pipeline = Pipeline::new().await;
+    let _replicas =
+        [pipeline.generator(Parity::Even).await, pipeline.generator(Parity::Even).await];
+    let client = &pipeline.client;
     for _ in 0..40 {
         client.request(Parity::Even.subject(), "".into()).await.unwrap();
     }
     eventually("both replicas report what they answered", async || {
-        let stats = tests::services(&client, "STATS.even").await;
+        let stats = tests::services(client, "STATS.even").await;
         let counts: Vec<u64> =
             stats.iter().map(|s| s["endpoints"][0]["num_requests"].as_u64().unwrap()).collect();
         counts.len() == 2 && counts.iter().all(|&n| n > 0) && counts.iter().sum::<u64>() == 40

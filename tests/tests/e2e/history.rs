@@ -1,12 +1,12 @@
 //! Service 4: pages of the history, and all of it at once.
 
-use std::net::TcpListener;
 use std::time::Duration;
 
 use futures::StreamExt;
 use serde_json::Value;
+use tests::brokers::COUNT;
 use tests::http::{Lines, get, request};
-use tests::{Broker, Pipeline, Scratch, eventually};
+use tests::{Brokers, Pipeline, Scratch, eventually};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -263,52 +263,30 @@ async fn exports_wait_for_their_clients() {
     let read = broken.unwrap();
     let mut read = tokio::io::BufReader::new(read);
     // Cut, or ended without the last chunk.
-    let _ = tokio::time::timeout(tests::PATIENCE, read.read_to_end(&mut rest)).await.unwrap();
+    let _ = tokio::time::timeout(tests::patience(), read.read_to_end(&mut rest)).await.unwrap();
     assert!(!rest.ends_with(b"\r\n0\r\n\r\n"), "it looks complete");
     assert!(rest.len() < 700_000);
-}
-
-/// Three brokers, each with a directory of its own.
-async fn cluster(scratches: &[Scratch; 3]) -> Vec<Broker> {
-    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-    let ports = listeners.map(|listener| listener.local_addr().unwrap().port());
-    let routes = ports.map(|port| format!("nats://127.0.0.1:{port}")).join(", ");
-    let mut brokers = Vec::new();
-    for (node, (scratch, port)) in scratches.iter().zip(ports).enumerate() {
-        let configuration = format!(
-            "server_name: n{node}
-             host: 127.0.0.1
-             ping_interval: \"1s\"
-             ping_max: 2
-             jetstream {{ max_file_store: 1GB, max_memory_store: 64MB }}
-             cluster {{ name: c, listen: \"127.0.0.1:{port}\", routes: [{routes}] }}"
-        );
-        let path = scratch.path("cluster.conf");
-        std::fs::write(&path, configuration).unwrap();
-        brokers.push(Broker::start_with(scratch, &path).await);
-    }
-    brokers
 }
 
 /// A broker that does not answer gets its share of the reads; another one answers in its place.
 #[tokio::test]
 async fn a_silent_replica_is_passed_over() {
-    let scratches = [Scratch::new(), Scratch::new(), Scratch::new()];
-    let mut brokers = cluster(&scratches).await;
-    let url = brokers[0].url();
+    let scratch = Scratch::new();
+    let brokers = Brokers::start(&scratch).await;
+    let url = brokers.url();
     let args = ["provision", "--replicas", "3", "--nats", &url];
-    let mut provision = tests::Process::start(&scratches[0], "evenodd", &args);
+    let mut provision = tests::Process::start(&scratch, "evenodd", &args);
     assert!(provision.wait().await.success(), "{}", provision.log());
-    let others = brokers.split_off(1);
-    let [scratch, _second, _third] = scratches;
-    let pipeline = Pipeline::on(scratch, brokers.remove(0)).await;
+    let client = brokers.client_of(0).await;
     for slot in 1..=3000 {
-        pipeline.publish(slot).await;
+        tests::publish(&client, slot).await;
     }
-    let (_gateway, address) = pipeline.gateway_with(&["--history-reads", "1000"]).await;
+    let first = url.split(',').next().unwrap();
+    let args = ["--history-reads", "1000"];
+    let (_gateway, address) = tests::gateway(&scratch, first, &args).await;
     sequences(&address, 3000).await;
-    for silent in others {
-        silent.freeze();
+    for silent in 1..COUNT {
+        brokers.freeze(silent);
         let mut unlucky = 0;
         for after in 0..30 {
             let page = get(&address, &format!("/history?after={after}&limit=3"), &[]).await;
@@ -325,6 +303,6 @@ async fn a_silent_replica_is_passed_over() {
             all.status == 200 && lines(&all.body) == (1..=3000).collect::<Vec<_>>()
         })
         .await;
-        silent.thaw();
+        brokers.thaw(silent);
     }
 }

@@ -121,13 +121,12 @@ async fn keys_that_cannot_be_made_are_told() {
 }
 
 /// A broker that knows the users and has a certificate.
-async fn broker(scratch: &Scratch, keys: &str) -> Broker {
+async fn broker(scratch: &Scratch, keys: &str, host: String) -> Broker {
     let configuration = scratch.path("tls.conf");
     let text = format!(
         r#"
-        host: 127.0.0.1
         jetstream {{}}
-        tls {{ cert_file: "{keys}/nats-1.pem", key_file: "{keys}/nats-1.key" }}
+        tls {{ cert_file: "{keys}/{host}.pem", key_file: "{keys}/{host}.key" }}
         allow_non_tls: true
         include "keys/users.conf"
         authorization {{
@@ -139,15 +138,16 @@ async fn broker(scratch: &Scratch, keys: &str) -> Broker {
         "#
     );
     fs::write(&configuration, text).unwrap();
-    Broker::start_with(scratch, &configuration).await
+    Broker::start_at(scratch, &configuration, host).await
 }
 
 #[tokio::test]
 async fn with_the_right_keys_it_works_and_with_wrong_ones_it_says_so() {
     let scratch = Scratch::new();
-    let (right, ..) = keys(&scratch, "keys", &[]).await;
+    let host = format!("{}.1", tests::network());
+    let (right, ..) = keys(&scratch, "keys", &["--servers", &host]).await;
     let (wrong, ..) = keys(&scratch, "others", &[]).await;
-    let broker = broker(&scratch, &right).await;
+    let broker = broker(&scratch, &right, host).await;
     let generator = |nkey: String, tls_ca: String| {
         let args =
             ["--parity", "even", "--nats", &broker.url(), "--nkey", &nkey, "--tls-ca", &tls_ca];
@@ -204,7 +204,7 @@ async fn health_is_asked_of_the_running_service() {
     let scratch = Scratch::new();
     let mut broker = Broker::start(&scratch).await;
     let (_gateway, http) = tests::gateway(&scratch, &broker.url(), &[]).await;
-    let health = free_address();
+    let health = format!("{}.1:18081", tests::network());
     let args = ["--parity", "odd", "--nats", &broker.url(), "--health", &health];
     let mut generator = Process::start(&scratch, "generator", &args);
     generator.wait_for("connected to NATS").await;
@@ -230,10 +230,4 @@ async fn health_is_asked_of_the_running_service() {
     let (status, told) = ask("multiplier", &[]).await;
     assert_eq!(status, Some(1));
     assert!(told.contains("set --health"), "{told}");
-}
-
-/// An address that is free at this moment.
-fn free_address() -> String {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().to_string()
 }

@@ -1,7 +1,7 @@
 //! Service 4: the live feed.
 
 use tests::http::{Lines, get};
-use tests::{PATIENCE, Pipeline, Process, connect, eventually};
+use tests::{Pipeline, Process, connect, eventually, patience};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpSocket;
 
@@ -180,7 +180,7 @@ async fn a_feed_survives_the_broker() {
     pipeline.broker.kill();
     // This one has seen more than the gateway, which cannot know whether that exists.
     let mut ahead = Lines::open(&address, "/numbers/live?after=4", &[]).await;
-    pipeline.broker.restart(&pipeline.scratch).await;
+    pipeline.broker.restart().await;
     pipeline.client = connect(&pipeline.broker).await;
     published(&pipeline, 4..=6).await;
     assert_eq!(live.sequences(3).await, [4, 5, 6]);
@@ -265,7 +265,7 @@ async fn ten_thousand_event_streams() {
     }
     published(&pipeline, 1..=3).await;
     let all = futures::future::join_all(feeds.iter_mut().map(async |feed| feed.sequences(3).await));
-    let all = tokio::time::timeout(PATIENCE, all).await.expect("some have not got all");
+    let all = tokio::time::timeout(patience(), all).await.expect("some have not got all");
     assert!(all.iter().all(|seen| *seen == [1, 2, 3]));
     // The gateway goes on serving others.
     assert_eq!(get(&address, "/numbers", &[]).await.status, 200);

@@ -18,6 +18,7 @@ const SLOT_MS: u64 = 500;
 /// sees live is the history.
 #[tokio::test]
 async fn rate_and_live_feed() {
+    let _alone = tests::alone().await;
     const TICKS: u32 = 1200;
     let pipeline = Pipeline::new().await;
     let mut live = pipeline.client.subscribe(subjects::PUBLISHED).await.unwrap();
@@ -75,6 +76,7 @@ async fn a_multiplier_that_is_frozen_costs_nothing() {
 
 #[tokio::test]
 async fn a_generator_that_is_killed_or_frozen_costs_no_number() {
+    let _alone = tests::alone().await;
     let pipeline = Pipeline::new().await;
     let [mut even, _even, odd, _odd] = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
@@ -93,6 +95,7 @@ async fn a_generator_that_is_killed_or_frozen_costs_no_number() {
 /// A request that was on its way to a generator that stops is asked again.
 #[tokio::test]
 async fn generators_may_come_and_go() {
+    let _alone = tests::alone().await;
     let pipeline = Pipeline::new().await;
     let mut generators = pipeline.generators().await.map(|generator| (generator, Parity::Even));
     let mut ticks = Ticks::watch(&pipeline.client).await;

@@ -142,7 +142,7 @@ async fn an_answer_without_the_broker_says_how_old_it_is() {
         answer.header("age").is_some_and(|age| age.parse::<u64>().unwrap() >= 3)
     })
     .await;
-    pipeline.broker.restart(&pipeline.scratch).await;
+    pipeline.broker.restart().await;
     eventually("no age", async || get(&address, "/numbers", &[]).await.header("age").is_none())
         .await;
 }

@@ -27,7 +27,7 @@ async fn a_broker_that_is_killed_and_restarted_at_once() {
     for _ in 0..3 {
         ticks.take(4).await;
         pipeline.broker.kill();
-        pipeline.broker.restart(&pipeline.scratch).await;
+        pipeline.broker.restart().await;
         ticks.take(4).await;
     }
     assert_eq!(assert_nothing_lost_or_doubled(&pipeline).await.missed(), []);
@@ -49,7 +49,7 @@ async fn a_broker_that_is_away_for_twenty_seconds() {
     let due = ticks.until(|draw| draw.due().is_some()).await;
     pipeline.broker.kill();
     sleep(Duration::from_secs(20)).await;
-    pipeline.broker.restart(&pipeline.scratch).await;
+    pipeline.broker.restart().await;
     sleep(Duration::from_secs(1)).await;
     context.update_stream(&streams::numbers(1)).await.unwrap();
     // Slots that had begun when it was away are drawn when it is back.
@@ -95,7 +95,7 @@ async fn what_is_due_waits_while_the_disk_is_full() {
     sleep(Duration::from_secs(2)).await;
     pipeline.broker.kill();
     fs::write(&configuration, normal).unwrap();
-    pipeline.broker.restart(&pipeline.scratch).await;
+    pipeline.broker.restart().await;
     multiplier.wait_for("settled again").await;
     ticks.take(8).await;
     assert_eq!(assert_nothing_lost_or_doubled(&pipeline).await.missed(), []);
@@ -118,7 +118,7 @@ async fn a_retry_stores_nothing_twice() {
     assert!(!publish(&pipeline, 2).await.unwrap().duplicate);
 
     pipeline.broker.kill();
-    pipeline.broker.restart(&pipeline.scratch).await;
+    pipeline.broker.restart().await;
     eventually("connected", async || runtime::connection::is_connected(&pipeline.client)).await;
     let retry = publish(&pipeline, 1).await.unwrap();
     assert_eq!((retry.sequence, retry.duplicate), (first.sequence, true));

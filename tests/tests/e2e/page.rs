@@ -145,7 +145,7 @@ async fn a_lost_replica_and_a_lost_broker_are_shown() {
     shown.browser.screenshot("lost-replica").await;
     shown.pipeline.broker.kill();
     eventually("it is stale", async || shown.state().await.starts_with("stale")).await;
-    shown.pipeline.broker.restart(&shown.pipeline.scratch).await;
+    shown.pipeline.broker.restart().await;
     shown.is_live().await;
     let before = shown.sequences().await[0];
     shown.goes_on_after(before).await;

@@ -61,7 +61,7 @@ async fn every_replica_is_listed_while_it_lives() {
     })
     .await;
     assert_eq!(counts().await, [2, 2, 2, 1]);
-    pipeline.broker.restart(&pipeline.scratch).await;
+    pipeline.broker.restart().await;
     eventually("all are back", async || {
         get(&address, "/replicas", &[]).await.header("age").is_none()
             && counts().await == [2, 2, 2, 1]

@@ -4,23 +4,13 @@ use std::fs;
 use std::net::TcpListener;
 
 use nix::sys::signal::Signal;
-use tests::http::get;
-use tests::{Audit, Process, Scratch, Ticks, eventually, nats_server};
+use tests::http::{get, try_get};
+use tests::{Audit, Process, Scratch, Ticks, eventually, nats_server, port};
 
 struct Up {
     process: Process,
     nats: String,
     http: String,
-}
-
-/// A port that nobody listens on, nor on the one 4000 above it.
-fn free_port() -> u16 {
-    loop {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        if port <= 61_535 && TcpListener::bind(("127.0.0.1", port + 4000)).is_ok() {
-            return port;
-        }
-    }
 }
 
 fn start(scratch: &Scratch, nats_port: u16, http_port: u16) -> Up {
@@ -57,16 +47,21 @@ async fn last_seq(up: &Up) -> u64 {
     get(&up.http, "/numbers", &[]).await.json()["last_seq"].as_u64().unwrap_or(0)
 }
 
+async fn is_ready(up: &Up) {
+    eventually("the gateway is ready", async || {
+        try_get(&up.http, "/readyz").await.is_ok_and(|answer| answer.status == 200)
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn runs_restarts_what_dies_and_continues_the_history() {
     let scratch = Scratch::new();
-    let (nats_port, http_port) = (free_port(), free_port());
+    let (nats_port, http_port) = (port(), port());
     let mut up = start(&scratch, nats_port, http_port);
     up.process.wait_for("Evenodd is running").await;
-    eventually("numbers come", async || {
-        up.process.log().contains("serving http") && last_seq(&up).await >= 2
-    })
-    .await;
+    is_ready(&up).await;
+    eventually("numbers come", async || last_seq(&up).await >= 2).await;
 
     // One child after the other is killed: each is started again, and no slot is missed.
     let client = async_nats::connect(&up.nats).await.unwrap();
@@ -83,10 +78,7 @@ async fn runs_restarts_what_dies_and_continues_the_history() {
     ticks.take(6).await;
     assert_eq!(Audit::of(&client).await.missed(), []);
 
-    eventually("the gateway is back", async || {
-        tokio::net::TcpStream::connect(&up.http).await.is_ok()
-    })
-    .await;
+    is_ready(&up).await;
 
     // A second one finds everything taken, and says all of it at once.
     let mut second = start(&scratch, nats_port, http_port);
@@ -100,7 +92,7 @@ async fn runs_restarts_what_dies_and_continues_the_history() {
     up.process.signal(Signal::SIGINT);
     assert!(up.process.wait().await.success(), "{}", up.process.log());
     let mut up = start(&scratch, nats_port, http_port);
-    up.process.wait_for("caught up").await;
+    is_ready(&up).await;
     let before = last_seq(&up).await;
     assert!(before >= stopped_at);
     eventually("the history goes on", async || last_seq(&up).await > before).await;
@@ -118,9 +110,9 @@ fn kill(pid: i32) {
 #[tokio::test]
 async fn nothing_is_left_behind_when_it_is_killed() {
     let scratch = Scratch::new();
-    let (nats_port, http_port) = (free_port(), free_port());
+    let (nats_port, http_port) = (port(), port());
     let mut up = start(&scratch, nats_port, http_port);
-    up.process.wait_for("caught up").await;
+    is_ready(&up).await;
     let pid = up.process.pid();
     let all = ["generator", "multiplier", "gateway", "nats-server"].map(|name| children(pid, name));
     let all: Vec<i32> = all.into_iter().flatten().collect();
@@ -131,7 +123,7 @@ async fn nothing_is_left_behind_when_it_is_killed() {
     })
     .await;
     let mut up = start(&scratch, nats_port, http_port);
-    up.process.wait_for("caught up").await;
+    is_ready(&up).await;
     assert!(up.process.terminate().await.success());
 }
 
@@ -163,7 +155,7 @@ async fn every_obstacle_is_named_before_anything_starts() {
         "--data",
         scratch.path("file").to_str().unwrap(),
         "--nats-port",
-        &free_port().to_string(),
+        &port().to_string(),
         "--http",
         &taken.local_addr().unwrap().to_string(),
     ]
@@ -182,7 +174,7 @@ async fn every_obstacle_is_named_before_anything_starts() {
 async fn settings_that_a_service_refuses_end_it() {
     let scratch = Scratch::new();
     let key = [("EVENODD_JWT_KEY", "/nowhere/key")];
-    let mut up = start_with(&scratch, free_port(), free_port(), &key);
+    let mut up = start_with(&scratch, port(), port(), &key);
     assert_eq!(up.process.wait().await.code(), Some(2));
     let log = up.process.log();
     assert!(log.contains("--jwt-key") && log.contains("/nowhere/key"), "{log}");
