@@ -44,22 +44,8 @@ bench: ## measure the steps of a tick and the gateway here (with wrk and nginx, 
 up: ## build and start the cluster in containers: http://127.0.0.1:8080/
 	docker compose up --build --detach
 
-# As many new replicas come beside the old ones, and when they are healthy the old ones go; HAProxy hears
-# of newcomers within two seconds. Nothing is recreated, because some versions of Compose then restart
-# what depends on it: all brokers at once.
-update: ## replace the services of the cluster by a new version, without a pause
-	docker compose build
-	@set -e; services="even odd multiplier gateway"; \
-	old="$$(docker compose ps --quiet $$services)"; \
-	[ -n "$$old" ] || { echo "nothing is running; see make up" >&2; exit 1; }; \
-	twice=; for service in $$services; do \
-	  twice="$$twice --scale $$service=$$((2 * $$(docker compose ps --quiet $$service | wc -l)))"; done; \
-	docker compose rm --force keys provision; \
-	docker compose up --detach --wait --no-recreate $$twice $$services || { \
-	  echo "the new version is not healthy: removing it" >&2; \
-	  docker rm --force $$(docker compose ps --all --quiet $$services | grep --invert-match --fixed-strings "$$old"); \
-	  exit 1; }; \
-	sleep 3; docker stop $$old >/dev/null; docker rm $$old >/dev/null; echo "updated"
+update: ## replace the services of the cluster by a new version, without a pause (back: ARGS=evenodd:previous)
+	deploy/update $(ARGS)
 
 down: ## stop it; the history stays in its volumes
 	docker compose down
