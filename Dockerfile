@@ -1,6 +1,8 @@
 # One image with every binary. BuildKit is needed (Docker 23 has it by default) for the caches.
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /build
+# Binaries that run for years are worth the longer link.
+ENV CARGO_PROFILE_RELEASE_LTO=thin
 COPY . .
 # The caches keep the crates, and what was compiled from them, apart from the code: after a change
 # only our own crates are built again. They are no part of the image, so the binaries are copied out.

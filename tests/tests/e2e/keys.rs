@@ -78,7 +78,10 @@ async fn keys_are_made_once_and_what_is_missing_is_made_again() {
 async fn keys_that_cannot_be_made_are_told() {
     let scratch = Scratch::new();
     for (args, told) in [
-        (["--groups", "evens=1"], "evens is neither a user (even, odd, multiplier, gateway, operator)"),
+        (
+            ["--groups", "evens=1"],
+            "evens is neither a user (even, odd, multiplier, gateway, operator)",
+        ),
         (["--servers", "a/b"], "\"a/b\" is no host name"),
         (["--directory", "/proc/keys"], "cannot make /proc/keys"),
     ] {
