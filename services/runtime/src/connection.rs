@@ -95,23 +95,8 @@ pub fn inbox(client: &Client) -> String {
 
 /// Waits for the connection, at most for `limit`. Whether it is there.
 pub async fn wait_until_connected(client: &Client, limit: Duration) -> bool {
-    /// The client has no way to wait for a change of its state.
-    const POLL: Duration = Duration::from_millis(5);
-    let connected = async {
-        while !is_connected(client) {
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    tokio::time::timeout(limit, connected).await.is_ok()
-}
-
-/// Waits until what was published has left the process: at most a second, and not at all without
-/// a connection.
-pub async fn flush(client: &Client) {
-    if is_connected(client) {
-        // Whoever flushes is about to stop, and has nobody left to tell.
-        let _ = tokio::time::timeout(Duration::from_secs(1), client.flush()).await;
-    }
+    // The client flushes once it is connected.
+    tokio::time::timeout(limit, client.flush()).await.is_ok_and(|flushed| flushed.is_ok())
 }
 
 /// Back-off with full jitter: at once, then up to 50, 100, 200 … 2000 ms.

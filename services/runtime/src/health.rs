@@ -63,17 +63,18 @@ pub(crate) async fn serve(listener: Option<TcpListener>, client: Client) -> Infa
 
 /// The whole of `healthcheck`: status 0 if the page says so, 1 if not.
 pub(crate) fn check(page: Option<(SocketAddr, &'static str)>) -> ExitCode {
-    let (healthy, text) = match page.context("there is nothing to ask: set --health").and_then(ask)
-    {
-        Ok(answer) => answer,
-        Err(error) => (false, format!("{error:#}\n")),
+    let answer = page.context("there is nothing to ask: set --health").and_then(ask);
+    let (status, text) = match answer {
+        Ok(text) => (ExitCode::SUCCESS, text),
+        Err(error) => (ExitCode::FAILURE, format!("{error:#}")),
     };
     // Docker keeps this and shows it with `docker inspect`.
-    let _ = std::io::stdout().write_all(text.as_bytes());
-    if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    let _ = writeln!(std::io::stdout(), "{text}");
+    status
 }
 
-fn ask((mut address, path): (SocketAddr, &'static str)) -> anyhow::Result<(bool, String)> {
+/// The text of a page with status 200; the text of any other is an error.
+fn ask((mut address, path): (SocketAddr, &'static str)) -> anyhow::Result<String> {
     if address.ip().is_unspecified() {
         address.set_ip(IpAddr::V4(Ipv4Addr::LOCALHOST));
     }
@@ -86,7 +87,7 @@ fn ask((mut address, path): (SocketAddr, &'static str)) -> anyhow::Result<(bool,
         std::io::Result::Ok(answer)
     };
     let answer = asked().with_context(|| format!("http://{address}{path}"))?;
-    let healthy = answer.split_whitespace().nth(1) == Some("200");
-    let text = answer.split_once("\r\n\r\n").map_or(answer.as_str(), |(_, body)| body);
-    Ok((healthy, text.to_owned()))
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, &answer));
+    anyhow::ensure!(head.split(' ').nth(1) == Some("200"), "{}", body.trim_end());
+    Ok(body.trim_end().to_owned())
 }

@@ -10,6 +10,7 @@ use futures::StreamExt;
 use serde_json::json;
 use time::format_description::well_known::Rfc3339;
 use time::{OffsetDateTime, UtcOffset};
+use tokio::time::timeout;
 
 use crate::connection;
 use crate::hedge::hedged;
@@ -134,24 +135,19 @@ async fn ask_once(
 ) -> Result<Vec<Entry>, ReadError> {
     let unexpected = |what: String| ReadError::Unexpected(stream, what);
     let timed_out = |_| ReadError::TimedOut(stream);
-    let inbox = connection::inbox(client);
     let open = async {
-        let answers =
-            client.subscribe(inbox.clone()).await.map_err(|e| unexpected(e.to_string()))?;
+        let inbox = connection::inbox(client);
+        let answers = client.subscribe(inbox.clone()).await?;
         let subject = format!("$JS.API.DIRECT.GET.{stream}");
-        client
-            .publish_with_reply(subject, inbox, request)
-            .await
-            .map_err(|e| unexpected(e.to_string()))?;
-        Ok(answers)
+        client.publish_with_reply(subject, inbox, request).await?;
+        Ok::<_, async_nats::Error>(answers)
     };
-    let mut answers = tokio::time::timeout(PATIENCE, open).await.map_err(timed_out)??;
+    let open = timeout(PATIENCE, open).await.map_err(timed_out)?;
+    let mut answers = open.map_err(|error| unexpected(error.to_string()))?;
     let mut entries = Vec::new();
     loop {
-        let message = tokio::time::timeout(PATIENCE, answers.next())
-            .await
-            .map_err(timed_out)?
-            .ok_or_else(|| unexpected("the connection was closed".to_owned()))?;
+        let message = timeout(PATIENCE, answers.next()).await.map_err(timed_out)?;
+        let message = message.ok_or_else(|| unexpected("the connection was closed".to_owned()))?;
         match message.status.map(|status| status.as_u16()) {
             // What is stored may have a status too: anything can be published.
             _ if is_stored(&message) => entries.push(message.try_into().map_err(unexpected)?),

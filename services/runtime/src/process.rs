@@ -160,7 +160,10 @@ async fn run<S: Service>(service: S) -> anyhow::Result<()> {
         () = too_late => anyhow::bail!("--drain-ms {} was not enough to finish everything", drain_ms.as_millis()),
     }
     anyhow::ensure!(shutdown.has_begun(), "the service ended by itself");
-    connection::flush(&client).await;
+    if connection::is_connected(&client) {
+        // What was published last leaves the process.
+        let _ = tokio::time::timeout(Duration::from_secs(1), client.flush()).await;
+    }
     info!("stopped");
     Ok(())
 }
