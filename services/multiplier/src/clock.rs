@@ -112,10 +112,11 @@ impl Clock {
         }
     }
 
-    /// Waits for a slot later than `last` to begin. A replica that was stopped for a while goes on
-    /// with the slot of this moment. One whose clock is behind `last`, or behind what is stored, waits
-    /// for it, and so does one that does not know what is stored: the stream may have forgotten the
-    /// message ids of these slots, and would store them again.
+    /// Waits for the slot after `last` to begin. A replica that was paused for a while, and with it
+    /// perhaps all others of this machine, makes up for the slots of the last ten seconds. One whose
+    /// clock is behind `last`, or behind what is stored, waits until it has caught up, and so does one
+    /// that does not know what is stored: the stream may have forgotten the message ids of these slots,
+    /// and would store them again.
     async fn next(&self, last: Slot) -> Turn {
         let mut told = false;
         loop {
@@ -127,7 +128,7 @@ impl Clock {
             let now = (self.wall)();
             let wait = self.length.start_of(first).saturating_sub(now);
             if wait.is_zero() {
-                let slot = self.length.slot_at(now);
+                let slot = first.max(self.length.slot_at(now.saturating_sub(TOLERANCE)));
                 let left = self.length.start_of(slot.next()).saturating_sub(now);
                 let began = self.length.start_of(slot);
                 return Turn { slot, began, ends: Instant::now() + left };

@@ -74,6 +74,21 @@ async fn a_multiplier_that_is_frozen_costs_nothing() {
     assert_one_draw_a_slot(&pipeline).await;
 }
 
+/// As a machine that is paused does: the slots of the pause are drawn when it is over.
+#[tokio::test]
+async fn a_pause_of_all_multipliers_costs_no_slot() {
+    let pipeline = Pipeline::new().await;
+    let _generators = pipeline.generators().await;
+    let mut ticks = Ticks::watch(&pipeline.client).await;
+    let multipliers = pipeline.multipliers::<2>(SLOT_MS).await;
+    ticks.take(3).await;
+    multipliers.iter().for_each(|multiplier| multiplier.signal(Signal::SIGSTOP));
+    sleep(Duration::from_secs(4)).await;
+    multipliers.iter().for_each(|multiplier| multiplier.signal(Signal::SIGCONT));
+    ticks.take(12).await;
+    assert_one_draw_a_slot(&pipeline).await;
+}
+
 #[tokio::test]
 async fn a_generator_that_is_killed_or_frozen_costs_no_number() {
     let _alone = tests::alone().await;
