@@ -19,7 +19,7 @@ use rcgen::{
 };
 use time::{Duration, OffsetDateTime};
 
-use crate::USER;
+use crate::broker::USER;
 
 /// The users that connect to the broker with a key. nats/cluster.conf says what each may do.
 const USERS: [&str; 5] = ["even", "odd", "multiplier", "gateway", USER];

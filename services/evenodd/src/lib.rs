@@ -1,8 +1,9 @@
-//! The operator's tool. A subcommand a module; here is what they share.
+//! The operator's tool: a module for each subcommand. `broker` and `streams` hold what they share.
 
-// This is a command for people: what it prints is its purpose.
+// A command for people prints its results.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod broker;
 mod keys;
 mod provision;
 pub mod streams;
@@ -15,9 +16,6 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use runtime::{settings, telemetry};
-
-/// The name by which the broker knows the operator.
-const USER: &str = "operator";
 
 /// Runs, provisions and checks the Evenodd pipeline.
 #[derive(Parser, Debug)]
@@ -44,9 +42,10 @@ enum Command {
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    // Only what is wrong: a command's result is its output.
+    // Only warnings: a command's result is its output.
     telemetry::start(&cli.log, "warn,async_nats=error,async_nats::connector=off");
-    // One thread: a child gets its death signal when the thread that started it ends.
+    // One thread, which lives to the end: Linux sends a child of `up` its death signal when the thread
+    // that started it ends.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = runtime.map_err(Into::into).and_then(|runtime| {
         runtime.block_on(async {

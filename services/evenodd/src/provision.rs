@@ -1,23 +1,25 @@
 //! `evenodd provision`: makes the streams, or compares those that exist with what they must be.
 //!
-//! It applies what cannot lose a message and refuses everything else. It never deletes a stream:
-//! an update alone can throw history away, in spite of `deny_delete` and `deny_purge`.
+//! It applies what cannot lose a message and refuses everything else. It never deletes a stream. An
+//! update alone can delete history, in spite of `deny_delete` and `deny_purge`.
 
+use std::collections::BTreeSet;
+use std::fmt::{self, Display, Formatter};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use async_nats::jetstream::context::{Context, GetStreamErrorKind};
+use async_nats::Client;
+use async_nats::jetstream::context::{Context, CreateStreamErrorKind};
 use async_nats::jetstream::stream::Config;
 use async_nats::jetstream::{self, ErrorCode};
 use clap::Args;
 use contract::streams::{NUMBERS, TICKS};
-use runtime::connection;
 use runtime::settings::{NatsSettings, milliseconds};
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
-use crate::{USER, streams};
+use crate::broker::{self, NotReady};
+use crate::streams;
 
 /// Make the streams, or compare them with what they must be
 ///
@@ -31,203 +33,169 @@ pub struct Provision {
     #[arg(long, env = "EVENODD_REPLICAS", value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=5))]
     replicas: u8,
 
-    /// How long to wait for `JetStream` to answer, in milliseconds
+    /// How long to wait for the connection, and then for `JetStream` to be ready, in milliseconds
     #[arg(long, env = "EVENODD_WAIT_MS", value_name = "MS", default_value = "30000", value_parser = milliseconds(0..=3_600_000))]
     wait_ms: Duration,
 }
 
 impl Provision {
     pub async fn run(self) -> anyhow::Result<ExitCode> {
-        let client = connection::connect(&self.nats, USER, "evenodd provision").await?;
-        let mut all_well = true;
-        for outcome in provision(&client, self.replicas, self.wait_ms).await? {
-            println!("{outcome}");
-            all_well &= outcome.refused.is_empty();
+        let client = broker::connect(&self.nats, "--nats", self.wait_ms).await?;
+        let mut status = ExitCode::SUCCESS;
+        for report in provision(&client, self.replicas, self.wait_ms).await? {
+            println!("{report}");
+            if report.is_refused() {
+                status = ExitCode::FAILURE;
+            }
         }
-        Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(status)
     }
 }
 
-/// What provisioning did to one stream.
-#[derive(Debug, Default)]
-pub struct Outcome {
+/// What provisioning found in one stream, and did to it.
+#[derive(Debug)]
+pub struct Report {
     stream: String,
-    created: bool,
-    applied: Vec<Difference>,
-    /// If there is any of these, nothing was applied.
-    pub refused: Vec<Difference>,
+    is_new: bool,
+    differences: Vec<Difference>,
 }
 
-/// A setting that a stream has otherwise than it must.
+/// A setting that differs from what it must be.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Difference {
+struct Difference {
     setting: String,
     has: Value,
     wanted: Value,
+    is_safe: bool,
 }
 
-impl std::fmt::Display for Outcome {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "stream {}: ", self.stream)?;
-        if self.created {
-            write!(f, "created")
-        } else if !self.refused.is_empty() {
-            write!(
-                f,
-                "REFUSED, nothing was changed: it differs in what could lose history\n{}\
-                 \n  Change the stream by hand if this is meant, or provision with the settings it has.",
-                lines(&self.refused, "  ! ")
-            )?;
-            if !self.applied.is_empty() {
-                write!(f, "\n  It would also change\n{}", lines(&self.applied, "    "))?;
-            }
-            Ok(())
-        } else if !self.applied.is_empty() {
-            write!(f, "changed\n{}", lines(&self.applied, "    "))
-        } else {
-            write!(f, "as it must be")
-        }
+impl Report {
+    /// Whether nothing was changed, because a change could lose something.
+    pub fn is_refused(&self) -> bool {
+        self.differences.iter().any(|difference| !difference.is_safe)
     }
 }
 
-fn lines(differences: &[Difference], indent: &str) -> String {
-    let line =
-        |d: &Difference| format!("{indent}{}: has {}, wanted {}", d.setting, d.has, d.wanted);
-    differences.iter().map(line).collect::<Vec<_>>().join("\n")
+impl Display for Report {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let verdict = if self.is_new {
+            "created"
+        } else if self.is_refused() {
+            "REFUSED, nothing was changed: what is marked with ! could lose history.\n  \
+             Change the stream by hand if this is meant, or provision with the settings it has."
+        } else if self.differences.is_empty() {
+            "as it must be"
+        } else {
+            "changed"
+        };
+        write!(f, "stream {}: {verdict}", self.stream)?;
+        for Difference { setting, has, wanted, is_safe } in &self.differences {
+            let mark = if *is_safe { ' ' } else { '!' };
+            write!(f, "\n  {mark} {setting}: has {has}, wanted {wanted}")?;
+        }
+        Ok(())
+    }
 }
 
-/// Provisions both streams, once `JetStream` answers.
+/// Provisions both streams, once JetStream is ready.
 ///
 /// # Errors
-/// If it does not within `wait`, or does not do what it is asked.
+/// If it is not within `timeout`, or does not do what it is asked.
 pub async fn provision(
-    client: &async_nats::Client,
+    client: &Client,
     replicas: u8,
-    wait: Duration,
-) -> anyhow::Result<Vec<Outcome>> {
-    let context = jetstream::new(client.clone());
-    let replicas = usize::from(replicas);
-    let deadline = Instant::now() + wait;
-    let mut outcomes = Vec::new();
+    timeout: Duration,
+) -> anyhow::Result<Vec<Report>> {
+    let replicas = replicas.into();
+    let mut reports = Vec::new();
     for wanted in [streams::numbers(replicas), streams::ticks(replicas)] {
-        let outcome = loop {
-            match provision_stream(&context, &wanted).await {
-                Err(error) if error.is::<NotYet>() && Instant::now() < deadline => {
-                    tokio::time::sleep(Duration::from_millis(250)).await;
-                }
-                result => break result.with_context(|| format!("stream {}", wanted.name))?,
-            }
-        };
-        outcomes.push(outcome);
+        let attempt = async || provision_stream(client, wanted.clone()).await;
+        reports.push(broker::when_ready(timeout, attempt).await?);
     }
-    Ok(outcomes)
+    Ok(reports)
 }
 
-/// `JetStream` does not answer, or cannot do it at this moment.
-#[derive(Debug, thiserror::Error)]
-#[error("{0} (is the broker running, with JetStream?)")]
-struct NotYet(String);
-
-async fn provision_stream(context: &Context, wanted: &Config) -> anyhow::Result<Outcome> {
-    let mut outcome = Outcome { stream: wanted.name.clone(), ..Outcome::default() };
-    let has = match context.get_stream(&wanted.name).await {
-        Ok(stream) => stream.cached_info().config.clone(),
-        Err(error) => match error.kind() {
-            GetStreamErrorKind::JetStream(answer)
-                if answer.error_code() == ErrorCode::STREAM_NOT_FOUND =>
-            {
-                create(context, wanted).await?;
-                outcome.created = true;
-                return Ok(outcome);
-            }
-            _ => bail!(NotYet(error.to_string())),
-        },
+async fn provision_stream(client: &Client, mut wanted: Config) -> anyhow::Result<Report> {
+    let context = jetstream::new(client.clone());
+    let stream = wanted.name.clone();
+    let Some(has) = broker::stream_config(client, &stream).await? else {
+        create(&context, wanted).await?;
+        return Ok(Report { stream, is_new: true, differences: Vec::new() });
     };
     // More replicas than asked for are no fault.
-    let wanted =
-        &Config { num_replicas: wanted.num_replicas.max(has.num_replicas), ..wanted.clone() };
-    let (applied, refused) = differences(&has, wanted)?
-        .into_iter()
-        .partition(|change| loses_nothing(&wanted.name, change));
-    outcome.applied = applied;
-    outcome.refused = refused;
-    if outcome.refused.is_empty() && !outcome.applied.is_empty() {
-        context.update_stream(wanted).await?;
+    wanted.num_replicas = wanted.num_replicas.max(has.num_replicas);
+    let report = Report { stream, is_new: false, differences: differences(&has, &wanted)? };
+    if !report.differences.is_empty() && !report.is_refused() {
+        let updated = context.update_stream(&wanted).await;
+        updated.with_context(|| format!("cannot change the stream {}", wanted.name))?;
     }
-    Ok(outcome)
+    Ok(report)
 }
 
-async fn create(context: &Context, wanted: &Config) -> anyhow::Result<()> {
-    use async_nats::jetstream::context::CreateStreamErrorKind as Kind;
-    match context.create_stream(wanted.clone()).await {
-        Ok(_) => Ok(()),
-        Err(error) => match error.kind() {
-            Kind::JetStream(answer) if answer.error_code() == ErrorCode::STREAM_SUBJECT_OVERLAP => {
-                let subject = wanted.subjects.join(", ");
-                let owner = context.stream_by_subject(&subject).await;
-                bail!(
-                    "the subject {subject} belongs to the stream {} already; \
-                     take it from there first, or use another account",
-                    owner.unwrap_or_else(|_| "?".to_owned())
-                )
-            }
-            // Too few servers so far, or no leader: a cluster that is just coming up.
-            Kind::JetStream(answer)
-                if [ErrorCode::CLUSTER_NO_PEERS, ErrorCode::CLUSTER_NOT_AVAILABLE]
-                    .contains(&answer.error_code()) =>
-            {
-                bail!(NotYet(answer.to_string()))
-            }
-            Kind::TimedOut | Kind::JetStreamUnavailable => bail!(NotYet(error.to_string())),
-            _ => Err(error.into()),
-        },
-    }
-}
-
-/// In which settings two configurations differ.
-fn differences(has: &Config, wanted: &Config) -> anyhow::Result<Vec<Difference>> {
-    let has = serde_json::to_value(has)?;
-    let wanted = serde_json::to_value(wanted)?;
-    let (Value::Object(has), Value::Object(wanted)) = (has, wanted) else {
-        bail!("a configuration is not an object");
+async fn create(context: &Context, wanted: Config) -> anyhow::Result<()> {
+    let Err(error) = context.create_stream(&wanted).await else { return Ok(()) };
+    let code = match error.kind() {
+        CreateStreamErrorKind::TimedOut | CreateStreamErrorKind::JetStreamUnavailable => {
+            bail!(NotReady(error.to_string()))
+        }
+        CreateStreamErrorKind::JetStream(answer) => Some(answer.error_code()),
+        _ => None,
     };
-    let mut settings: Vec<&String> = has.keys().chain(wanted.keys()).collect();
-    settings.sort();
-    settings.dedup();
-    Ok(settings
-        .into_iter()
-        // The server's own notes, such as the API level it was made with.
-        .filter(|setting| *setting != "metadata")
-        .filter_map(|setting| {
-            let value = |of: &serde_json::Map<String, Value>| {
-                of.get(setting).cloned().unwrap_or(Value::Null)
-            };
-            let (has, wanted) = (value(&has), value(&wanted));
-            (has != wanted).then(|| Difference { setting: setting.clone(), has, wanted })
-        })
-        .collect())
+    match code {
+        Some(ErrorCode::CLUSTER_NO_PEERS | ErrorCode::CLUSTER_NOT_AVAILABLE) => {
+            bail!(NotReady(error.to_string()))
+        }
+        Some(ErrorCode::STREAM_SUBJECT_OVERLAP) => {
+            let subject = wanted.subjects.join(", ");
+            let owner = context.stream_by_subject(&subject).await;
+            bail!(
+                "the subject {subject} belongs to the stream {} already; take it from there first, \
+                 or use another account",
+                owner.unwrap_or_else(|_| "?".to_owned())
+            )
+        }
+        _ => Err(error).with_context(|| format!("cannot create the stream {}", wanted.name)),
+    }
 }
 
-/// The subject of each stream before the server republished what it stores. What is stored is not
-/// touched when it changes.
-const FORMER_SUBJECTS: [(&str, &str); 2] = [(NUMBERS, "numbers.published"), (TICKS, "ticks.claim")];
+/// The settings in which two configurations of a stream differ.
+fn differences(has: &Config, wanted: &Config) -> anyhow::Result<Vec<Difference>> {
+    let stream = &wanted.name;
+    let (has, wanted) = (serde_json::to_value(has)?, serde_json::to_value(wanted)?);
+    let objects = [&has, &wanted].into_iter().filter_map(Value::as_object);
+    let mut settings: BTreeSet<_> = objects.flat_map(|object| object.keys()).collect();
+    // The server's own notes, such as the API level that the stream was made with.
+    settings.remove(&"metadata".to_owned());
+    let mut differences = Vec::new();
+    for setting in settings {
+        // A setting that is left out is `null`.
+        let (has, wanted) = (&has[setting], &wanted[setting]);
+        if has != wanted {
+            differences.push(Difference {
+                setting: setting.clone(),
+                has: has.clone(),
+                wanted: wanted.clone(),
+                is_safe: loses_nothing(stream, setting, has, wanted),
+            });
+        }
+    }
+    Ok(differences)
+}
 
 /// Whether a change can be made without any risk for what is stored.
-fn loses_nothing(stream: &str, change: &Difference) -> bool {
-    match change.setting.as_str() {
+fn loses_nothing(stream: &str, setting: &str, has: &Value, wanted: &Value) -> bool {
+    match setting {
         "description" | "allow_direct" | "deny_delete" | "deny_purge" | "compression"
         | "republish" => true,
-        "subjects" => FORMER_SUBJECTS
-            .iter()
-            .any(|(of, former)| *of == stream && change.has == json!([former])),
-        "num_replicas" | "duplicate_window" => change.wanted.as_u64() > change.has.as_u64(),
-        // A limit may be taken away. Setting one, or another one, throws messages away.
-        "max_msgs" | "max_bytes" | "max_msgs_per_subject" | "max_msg_size" => {
-            change.wanted.as_i64() == Some(-1)
-        }
+        // The subjects before the server republished. What is stored keeps its subject.
+        "subjects" if stream == NUMBERS => *has == json!(["numbers.published"]),
+        "subjects" if stream == TICKS => *has == json!(["ticks.claim"]),
+        "num_replicas" | "duplicate_window" => wanted.as_u64() > has.as_u64(),
+        // A limit may be taken away. Setting or changing one can delete messages.
+        "max_msgs" | "max_bytes" | "max_msgs_per_subject" | "max_msg_size" => *wanted == -1,
         // Draws are no history.
-        "max_age" => change.wanted.as_u64() == Some(0) || stream == TICKS,
-        "discard" => change.wanted == "new",
+        "max_age" => *wanted == 0 || stream == TICKS,
+        "discard" => *wanted == "new",
         _ => false,
     }
 }
@@ -242,7 +210,7 @@ mod tests {
         change(&mut has);
         let differences = differences(&has, &wanted).unwrap();
         assert!(!differences.is_empty(), "nothing differs");
-        !differences.iter().all(|change| loses_nothing(NUMBERS, change))
+        !differences.iter().all(|difference| difference.is_safe)
     }
 
     #[test]
@@ -276,7 +244,6 @@ mod tests {
         let mut wanted = streams::numbers(1);
         wanted.max_messages = 1;
         let differences = differences(&streams::numbers(1), &wanted).unwrap();
-        let applied = differences.iter().any(|change| loses_nothing(NUMBERS, change));
-        assert!(!applied, "{differences:?}");
+        assert!(!differences[0].is_safe, "{differences:?}");
     }
 }
