@@ -200,8 +200,7 @@ fn trust_anchor(pem: &str) -> anyhow::Result<Vec<TrustAnchor<'static>>> {
 /// The certificate of the authority. Its name never changes: it is the issuer in the certificates
 /// of the servers.
 fn authority() -> anyhow::Result<CertificateParams> {
-    let mut params = valid(CertificateParams::new(Vec::<String>::new())?);
-    params.distinguished_name.push(DnType::CommonName, "Evenodd");
+    let mut params = params("Evenodd", &[])?;
     // It may sign certificates of servers, but not of another authority.
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
@@ -211,9 +210,7 @@ fn authority() -> anyhow::Result<CertificateParams> {
 /// The certificate of a server.
 fn certificate(server: &str) -> anyhow::Result<CertificateParams> {
     // An operator on the server's own machine uses the last two.
-    let names = [server, "localhost", "127.0.0.1"].map(str::to_owned);
-    let mut params = valid(CertificateParams::new(names).context("--servers")?);
-    params.distinguished_name.push(DnType::CommonName, server);
+    let mut params = params(server, &[server, "localhost", "127.0.0.1"]).context("--servers")?;
     params.use_authority_key_identifier_extension = true;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     // When two servers of a cluster connect, one of them is the client.
@@ -222,9 +219,12 @@ fn certificate(server: &str) -> anyhow::Result<CertificateParams> {
     Ok(params)
 }
 
-fn valid(mut params: CertificateParams) -> CertificateParams {
-    let now = OffsetDateTime::now_utc();
-    params.not_before = now - VALID_BEFORE;
-    params.not_after = now + VALID;
-    params
+/// What all certificates have in common.
+fn params(name: &str, hosts: &[&str]) -> anyhow::Result<CertificateParams> {
+    let hosts: Vec<_> = hosts.iter().map(ToString::to_string).collect();
+    let mut params = CertificateParams::new(hosts)?;
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.not_before = OffsetDateTime::now_utc() - VALID_BEFORE;
+    params.not_after = OffsetDateTime::now_utc() + VALID;
+    Ok(params)
 }

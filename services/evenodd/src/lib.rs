@@ -39,31 +39,25 @@ enum Command {
 }
 
 /// The whole of `main`. Status 0 if all is well, 1 if not, 2 for wrong settings.
+///
+/// One thread, which lives to the end: Linux sends a child of `up` its death signal when the thread
+/// that started it ends.
 #[must_use]
-pub fn main() -> ExitCode {
+#[tokio::main(flavor = "current_thread")]
+pub async fn main() -> ExitCode {
     let cli = Cli::parse();
     // Only warnings: a command's result is its output.
     telemetry::start(&cli.log, "warn,async_nats=error,async_nats::connector=off");
-    // One thread, which lives to the end: Linux sends a child of `up` its death signal when the thread
-    // that started it ends.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let result = runtime.map_err(Into::into).and_then(|runtime| {
-        runtime.block_on(async {
-            match cli.command {
-                Command::Up(up) => up.run(&cli.log).await,
-                Command::Provision(provision) => provision.run().await,
-                Command::Keys(keys) => keys.run(),
-                Command::Takeover(takeover) => takeover.run().await,
-                Command::Verify(verify) => verify.run().await,
-                Command::Token(token) => token.run(),
-            }
-        })
-    });
-    match result {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let result = match cli.command {
+        Command::Up(up) => up.run(&cli.log).await,
+        Command::Provision(provision) => provision.run().await,
+        Command::Keys(keys) => keys.run(),
+        Command::Takeover(takeover) => takeover.run().await,
+        Command::Verify(verify) => verify.run().await,
+        Command::Token(token) => token.run(),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
 }

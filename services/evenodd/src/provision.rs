@@ -4,11 +4,10 @@
 //! update alone can delete history, in spite of `deny_delete` and `deny_purge`.
 
 use std::collections::BTreeSet;
-use std::fmt::{self, Display, Formatter};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use async_nats::Client;
 use async_nats::jetstream::context::{Context, CreateStreamErrorKind};
 use async_nats::jetstream::stream::Config;
@@ -21,131 +20,72 @@ use serde_json::{Value, json};
 use crate::broker::{self, NotReady};
 use crate::streams;
 
+/// What JetStream answers while too few servers are up, or while none of them is its leader.
+const STARTING: [ErrorCode; 2] = [ErrorCode::CLUSTER_NO_PEERS, ErrorCode::CLUSTER_NOT_AVAILABLE];
+
 /// Make the streams, or compare them with what they must be
 ///
 /// Exit status 0: they are as they must be now. Exit status 1: they are not, and nothing that could lose a message was changed.
 #[derive(Args, Clone, Debug)]
 pub struct Provision {
     #[command(flatten)]
-    nats: NatsSettings,
+    pub nats: NatsSettings,
 
     /// How many servers keep each stream, at least: 1 on one machine, 3 in a cluster
     #[arg(long, env = "EVENODD_REPLICAS", value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=5))]
-    replicas: u8,
+    pub replicas: u8,
 
     /// How long to wait for the connection, and then for `JetStream` to be ready, in milliseconds
     #[arg(long, env = "EVENODD_WAIT_MS", value_name = "MS", default_value = "30000", value_parser = milliseconds(0..=3_600_000))]
-    wait_ms: Duration,
+    pub wait_ms: Duration,
 }
 
 impl Provision {
+    /// Provisions one stream after the other, and prints what it did.
     pub async fn run(self) -> anyhow::Result<ExitCode> {
         let client = broker::connect(&self.nats, "--nats", self.wait_ms).await?;
-        let mut status = ExitCode::SUCCESS;
-        for report in provision(&client, self.replicas, self.wait_ms).await? {
-            println!("{report}");
-            if report.is_refused() {
-                status = ExitCode::FAILURE;
-            }
+        let replicas = self.replicas.into();
+        for wanted in [streams::numbers(replicas), streams::ticks(replicas)] {
+            let attempt = async || provision(&client, wanted.clone()).await;
+            let done = broker::when_ready(self.wait_ms, attempt).await;
+            let done = done.with_context(|| format!("stream {}", wanted.name))?;
+            println!("stream {}: {done}", wanted.name);
         }
-        Ok(status)
+        Ok(ExitCode::SUCCESS)
     }
 }
 
-/// What provisioning found in one stream, and did to it.
-#[derive(Debug)]
-pub struct Report {
-    stream: String,
-    is_new: bool,
-    differences: Vec<Difference>,
-}
-
-/// A setting that differs from what it must be.
-#[derive(Debug, PartialEq, Eq)]
-struct Difference {
-    setting: String,
-    has: Value,
-    wanted: Value,
-    is_safe: bool,
-}
-
-impl Report {
-    /// Whether nothing was changed, because a change could lose something.
-    pub fn is_refused(&self) -> bool {
-        self.differences.iter().any(|difference| !difference.is_safe)
-    }
-}
-
-impl Display for Report {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let verdict = if self.is_new {
-            "created"
-        } else if self.is_refused() {
-            "REFUSED, nothing was changed: what is marked with ! could lose history.\n  \
-             Change the stream by hand if this is meant, or provision with the settings it has."
-        } else if self.differences.is_empty() {
-            "as it must be"
-        } else {
-            "changed"
-        };
-        write!(f, "stream {}: {verdict}", self.stream)?;
-        for Difference { setting, has, wanted, is_safe } in &self.differences {
-            let mark = if *is_safe { ' ' } else { '!' };
-            write!(f, "\n  {mark} {setting}: has {has}, wanted {wanted}")?;
-        }
-        Ok(())
-    }
-}
-
-/// Provisions both streams, once JetStream is ready.
-///
-/// # Errors
-/// If it is not within `timeout`, or does not do what it is asked.
-pub async fn provision(
-    client: &Client,
-    replicas: u8,
-    timeout: Duration,
-) -> anyhow::Result<Vec<Report>> {
-    let replicas = replicas.into();
-    let mut reports = Vec::new();
-    for wanted in [streams::numbers(replicas), streams::ticks(replicas)] {
-        let attempt = async || provision_stream(client, wanted.clone()).await;
-        reports.push(broker::when_ready(timeout, attempt).await?);
-    }
-    Ok(reports)
-}
-
-async fn provision_stream(client: &Client, mut wanted: Config) -> anyhow::Result<Report> {
+/// Provisions a stream, and says what was done.
+async fn provision(client: &Client, mut wanted: Config) -> anyhow::Result<String> {
     let context = jetstream::new(client.clone());
-    let stream = wanted.name.clone();
-    let Some(has) = broker::stream_config(client, &stream).await? else {
-        create(&context, wanted).await?;
-        return Ok(Report { stream, is_new: true, differences: Vec::new() });
+    let Some(has) = broker::stream_config(client, &wanted.name).await? else {
+        create(&context, &wanted).await?;
+        return Ok("created".to_owned());
     };
     // More replicas than asked for are no fault.
     wanted.num_replicas = wanted.num_replicas.max(has.num_replicas);
-    let report = Report { stream, is_new: false, differences: differences(&has, &wanted)? };
-    if !report.differences.is_empty() && !report.is_refused() {
-        let updated = context.update_stream(&wanted).await;
-        updated.with_context(|| format!("cannot change the stream {}", wanted.name))?;
+    let Differences { lines, are_safe } = differences(&has, &wanted)?;
+    if lines.is_empty() {
+        return Ok("as it must be".to_owned());
     }
-    Ok(report)
+    ensure!(
+        are_safe,
+        "REFUSED, nothing was changed: what is marked with ! could lose history{lines}\n  \
+         Change the stream by hand if this is meant, or provision with the settings it has."
+    );
+    context.update_stream(&wanted).await?;
+    Ok(format!("changed{lines}"))
 }
 
-async fn create(context: &Context, wanted: Config) -> anyhow::Result<()> {
-    let Err(error) = context.create_stream(&wanted).await else { return Ok(()) };
-    let code = match error.kind() {
-        CreateStreamErrorKind::TimedOut | CreateStreamErrorKind::JetStreamUnavailable => {
+async fn create(context: &Context, wanted: &Config) -> anyhow::Result<()> {
+    use CreateStreamErrorKind::{JetStream, JetStreamUnavailable, TimedOut};
+    let Err(error) = context.create_stream(wanted).await else { return Ok(()) };
+    match error.kind() {
+        TimedOut | JetStreamUnavailable => bail!(NotReady(error.to_string())),
+        JetStream(answer) if STARTING.contains(&answer.error_code()) => {
             bail!(NotReady(error.to_string()))
         }
-        CreateStreamErrorKind::JetStream(answer) => Some(answer.error_code()),
-        _ => None,
-    };
-    match code {
-        Some(ErrorCode::CLUSTER_NO_PEERS | ErrorCode::CLUSTER_NOT_AVAILABLE) => {
-            bail!(NotReady(error.to_string()))
-        }
-        Some(ErrorCode::STREAM_SUBJECT_OVERLAP) => {
+        JetStream(answer) if answer.error_code() == ErrorCode::STREAM_SUBJECT_OVERLAP => {
             let subject = wanted.subjects.join(", ");
             let owner = context.stream_by_subject(&subject).await;
             bail!(
@@ -154,29 +94,33 @@ async fn create(context: &Context, wanted: Config) -> anyhow::Result<()> {
                 owner.unwrap_or_else(|_| "?".to_owned())
             )
         }
-        _ => Err(error).with_context(|| format!("cannot create the stream {}", wanted.name)),
+        _ => Err(error.into()),
     }
 }
 
-/// The settings in which two configurations of a stream differ.
-fn differences(has: &Config, wanted: &Config) -> anyhow::Result<Vec<Difference>> {
+/// In which settings a stream differs from what it must be.
+struct Differences {
+    /// A line for each of them.
+    lines: String,
+    /// Whether all of them can be changed without losing anything.
+    are_safe: bool,
+}
+
+fn differences(has: &Config, wanted: &Config) -> anyhow::Result<Differences> {
     let stream = &wanted.name;
     let (has, wanted) = (serde_json::to_value(has)?, serde_json::to_value(wanted)?);
     let objects = [&has, &wanted].into_iter().filter_map(Value::as_object);
-    let mut settings: BTreeSet<_> = objects.flat_map(|object| object.keys()).collect();
-    // The server's own notes, such as the API level that the stream was made with.
-    settings.remove(&"metadata".to_owned());
-    let mut differences = Vec::new();
+    let settings: BTreeSet<_> = objects.flat_map(|object| object.keys()).collect();
+    let mut differences = Differences { lines: String::new(), are_safe: true };
     for setting in settings {
-        // A setting that is left out is `null`.
+        // A setting that is left out is null.
         let (has, wanted) = (&has[setting], &wanted[setting]);
-        if has != wanted {
-            differences.push(Difference {
-                setting: setting.clone(),
-                has: has.clone(),
-                wanted: wanted.clone(),
-                is_safe: loses_nothing(stream, setting, has, wanted),
-            });
+        // The metadata are the server's own notes, such as its version.
+        if has != wanted && setting != "metadata" {
+            let is_safe = loses_nothing(stream, setting, has, wanted);
+            let mark = if is_safe { ' ' } else { '!' };
+            differences.lines += &format!("\n  {mark} {setting}: has {has}, wanted {wanted}");
+            differences.are_safe &= is_safe;
         }
     }
     Ok(differences)
@@ -209,14 +153,14 @@ mod tests {
         let mut has = wanted.clone();
         change(&mut has);
         let differences = differences(&has, &wanted).unwrap();
-        assert!(!differences.is_empty(), "nothing differs");
-        !differences.iter().all(|difference| difference.is_safe)
+        assert!(!differences.lines.is_empty(), "nothing differs");
+        !differences.are_safe
     }
 
     #[test]
     fn equal_configurations_do_not_differ() {
         let wanted = streams::numbers(1);
-        assert_eq!(differences(&wanted, &wanted).unwrap(), []);
+        assert_eq!(differences(&wanted, &wanted).unwrap().lines, "");
     }
 
     #[test]
@@ -243,7 +187,8 @@ mod tests {
     fn no_limit_is_ever_set() {
         let mut wanted = streams::numbers(1);
         wanted.max_messages = 1;
-        let differences = differences(&streams::numbers(1), &wanted).unwrap();
-        assert!(!differences[0].is_safe, "{differences:?}");
+        let Differences { lines, are_safe } = differences(&streams::numbers(1), &wanted).unwrap();
+        assert!(!are_safe);
+        assert_eq!(lines, "\n  ! max_msgs: has -1, wanted 1");
     }
 }

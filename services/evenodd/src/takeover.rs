@@ -103,11 +103,9 @@ impl Takeover {
         let extent = |state: &State| (state.first_sequence, state.last_sequence, state.messages);
         ensure!(
             extent(&copy) == extent(&original.state),
-            "the copy has the sequences {} to {}, --from {} to {}: was something published there \
+            "the copy ends with sequence {} and --from with {}: was something published there \
              meanwhile? Stop that, remove the copy, and begin again",
-            copy.first_sequence,
             copy.last_sequence,
-            original.state.first_sequence,
             original.state.last_sequence,
         );
         println!(

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use async_nats::ServerAddr;
 use clap::Args;
 use runtime::Credentials;
@@ -16,14 +16,12 @@ use runtime::settings::{LogSettings, NatsSettings};
 use runtime::telemetry::LogFormat;
 use tokio::net::TcpStream;
 
-use crate::{broker, provision};
+use crate::provision::Provision;
 use child::{Children, Spec};
-use preflight::{Ready, Store};
+use preflight::Store;
 
 /// How long the broker, and then JetStream, may take to start.
 const START_TIMEOUT: Duration = Duration::from_mins(2);
-/// How long a service may take to finish its work: less than a child may take to stop.
-const DRAIN_MS: &str = "5000";
 
 /// Run the whole pipeline on this machine
 ///
@@ -85,11 +83,12 @@ pub struct Up {
 
 impl Up {
     pub async fn run(self, log: &LogSettings) -> anyhow::Result<ExitCode> {
-        let ready = preflight::check(&self).await?;
+        let binaries = preflight::binaries()?;
+        let store = preflight::check(&self).await?;
         let shutdown = runtime::shutdown_on_signal()?;
         let mut children = Children::default();
         let result = tokio::select! {
-            result = self.run_children(ready, log, &mut children) => result,
+            result = self.run_children(&binaries, store, log, &mut children) => result,
             () = shutdown.cancelled() => Ok(ExitCode::SUCCESS),
         };
         children.stop().await;
@@ -102,14 +101,13 @@ impl Up {
     /// with.
     async fn run_children(
         &self,
-        ready: Ready,
+        binaries: &Path,
+        store: Option<Store>,
         log: &LogSettings,
         children: &mut Children,
     ) -> anyhow::Result<ExitCode> {
         // In this order, so that what is needed is stopped after those that need it.
-        let mut history = "in the broker's store".to_owned();
-        if let Some(store) = ready.store {
-            history = format!("in {}", store.directory.display());
+        if let Some(store) = store {
             children.start([self.broker(store)]);
             // A client that connects before the broker listens would only complain.
             while TcpStream::connect(("127.0.0.1", self.nats_port)).await.is_err() {
@@ -120,11 +118,13 @@ impl Up {
             Some(servers) => servers.clone(),
             None => vec![format!("nats://127.0.0.1:{}", self.nats_port).parse()?],
         };
-        self.provision(&servers).await.context("cannot provision the streams")?;
+        let nats = NatsSettings { nats: servers.clone(), credentials: self.credentials.clone() };
+        let provision = Provision { nats, replicas: 1, wait_ms: START_TIMEOUT };
+        provision.run().await.context("cannot provision the streams")?;
 
         let urls: Vec<_> = servers.iter().map(ServerAddr::as_url_str).collect();
         let service = |label, program, n, args: &[&str]| {
-            let mut spec = Spec::new(format!("{label}-{}", n + 1), &ready.binaries.join(program));
+            let mut spec = Spec::new(format!("{label}-{}", n + 1), &binaries.join(program));
             spec.command.args(args).args(self.common_args(log));
             // Not an argument, because anybody can read those and a URL may hold a password.
             spec.command.env("EVENODD_NATS", urls.join(","));
@@ -138,21 +138,10 @@ impl Up {
         let odd = (0..self.odd).map(|n| service("odd", "generator", n, &["--parity", "odd"]));
         children.start(even.chain(odd));
         children.start((0..self.multipliers).map(|n| service("multiplier", "multiplier", n, &[])));
-        let verify = ready.binaries.join("evenodd");
-        child::print_line(self.banner(&servers[0], &history, &verify));
+        child::print_line(self.banner(&servers[0], binaries));
 
         children.refused().await;
         Ok(ExitCode::from(2))
-    }
-
-    async fn provision(&self, servers: &[ServerAddr]) -> anyhow::Result<()> {
-        let settings =
-            NatsSettings { nats: servers.to_vec(), credentials: self.credentials.clone() };
-        let client = broker::connect(&settings, "--nats", START_TIMEOUT).await?;
-        for report in provision::provision(&client, 1, START_TIMEOUT).await? {
-            ensure!(!report.is_refused(), "{report}");
-        }
-        Ok(())
     }
 
     /// The port of the broker's monitoring.
@@ -179,7 +168,6 @@ impl Up {
     /// The arguments of every service.
     fn common_args(&self, log: &LogSettings) -> Vec<String> {
         let mut args = self.credentials.to_args();
-        args.extend(["--drain-ms".to_owned(), DRAIN_MS.to_owned()]);
         if let Some(filter) = &log.log {
             args.extend(["--log".to_owned(), filter.clone()]);
         }
@@ -189,11 +177,11 @@ impl Up {
         args
     }
 
-    fn banner(&self, server: &ServerAddr, history: &str, evenodd: &Path) -> String {
+    fn banner(&self, server: &ServerAddr, binaries: &Path) -> String {
         let Self { http, even, odd, multipliers, gateways, .. } = self;
         // Without the password that the URL may hold.
         let nats = format!("nats://{}:{}", server.host(), server.port());
-        let evenodd = evenodd.display();
+        let evenodd = binaries.join("evenodd");
         format!(
             "
 Evenodd is running: {even} x even, {odd} x odd, {multipliers} x multiplier, {gateways} x gateway.
@@ -202,9 +190,10 @@ Evenodd is running: {even} x even, {odd} x odd, {multipliers} x multiplier, {gat
   numbers   curl http://{http}/numbers
   live      nats --server {nats} sub numbers.published
   ticks     nats --server {nats} sub ticks.done
-  history   {history}; check it with: {evenodd} verify --nats {nats}
+  check     {} verify --nats {nats}
   stop      Ctrl-C
-"
+",
+            evenodd.display()
         )
     }
 }

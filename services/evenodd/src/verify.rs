@@ -13,7 +13,7 @@ use async_nats::Client;
 use clap::Args;
 use contract::streams::{DUPLICATE_WINDOW, NUMBERS, TICKS};
 use contract::{Message, Product, Slot, SlotLength, odds};
-use runtime::history::{self, Entry, MAX_BATCH, ReadError};
+use runtime::history::{self, Entry, MAX_BATCH};
 use runtime::jetstream;
 use runtime::settings::NatsSettings;
 use time::OffsetDateTime;
@@ -26,6 +26,10 @@ use draws::Draws;
 /// How many slots in a row without a publication are taken for downtime and left out of the rate. Forty
 /// unpublished ticks in a row come by chance once in 10^19.
 const DOWNTIME_SLOTS: u64 = 40;
+
+/// A replica that lags has no more messages for a moment: how often it is asked, and how long after.
+const MAX_TRIES: u32 = 10;
+const TRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// How far the clock of a multiplier may be ahead of the broker's.
 const CLOCK_SKEW: Duration = Duration::from_secs(60);
@@ -71,28 +75,21 @@ async fn check_all(
     let state = jetstream::info(client, stream, broker::TIMEOUT).await?.state;
     let mut next = state.first_sequence;
     let mut shown = Instant::now();
-    while next <= state.last_sequence {
-        let entries = read(client, stream, next).await?;
-        let Some(last) = entries.last() else { break };
-        next = last.sequence + 1;
+    let mut tries = 0;
+    while next <= state.last_sequence && tries < MAX_TRIES {
+        let entries = history::read(client, stream, next, MAX_BATCH).await?;
+        let Some(last) = entries.last() else {
+            tries += 1;
+            tokio::time::sleep(TRY_PAUSE).await;
+            continue;
+        };
+        (next, tries) = (last.sequence + 1, 0);
         entries.iter().for_each(|entry| check_one(check, entry));
         check.print_faults()?;
         let (done, all) = (last.sequence, state.last_sequence);
         broker::show_progress(&mut shown, format_args!("{stream}: {done} of {all} messages"));
     }
     Ok(state.last_sequence)
-}
-
-/// The next messages. A replica that lags has none for a moment, and is asked again.
-async fn read(client: &Client, stream: &'static str, from: u64) -> Result<Vec<Entry>, ReadError> {
-    for _ in 0..10 {
-        let entries = history::read(client, stream, from, MAX_BATCH).await?;
-        if !entries.is_empty() {
-            return Ok(entries);
-        }
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-    Ok(Vec::new())
 }
 
 /// The state of the check between two messages.
@@ -254,24 +251,21 @@ impl Display for Counts {
     #[allow(clippy::cast_precision_loss)] // for people
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let time = |time: Option<OffsetDateTime>| time.map_or("-".to_owned(), rfc3339);
+        let (first, last) = (time(self.first), time(self.last));
+        let Self { messages, slots, published, late, faults, .. } = *self;
+        let (n, p) = (slots.max(1) as f64, odds::publish_probability());
+        let deviations = (published as f64 - n * p) / (n * p * (1.0 - p)).sqrt();
+        let (rate, expected) = (100.0 * published as f64 / n, 100.0 * p);
         let (above, pairs) = odds::published_pairs();
-        let expected = odds::publish_probability();
-        let (published, slots) = (self.published as f64, self.slots.max(1) as f64);
-        let deviations =
-            (published - slots * expected) / (slots * expected * (1.0 - expected)).sqrt();
-        writeln!(f, "messages   {}", self.messages)?;
-        writeln!(f, "first      {}", time(self.first))?;
-        writeln!(f, "last       {}", time(self.last))?;
-        writeln!(
+        write!(
             f,
-            "rate       {:.2} % of {} slots published; expected {:.2} % ({above}/{pairs}), \
-             {deviations:+.1} standard deviations",
-            100.0 * published / slots,
-            self.slots,
-            100.0 * expected,
-        )?;
-        writeln!(f, "late       {} (published after a later slot, by a retry)", self.late)?;
-        write!(f, "faults     {}", self.faults)
+            "messages   {messages}\n\
+             first      {first}\n\
+             last       {last}\n\
+             rate       {rate:.2} % of {slots} slots published; expected {expected:.2} % ({above}/{pairs}), {deviations:+.1} standard deviations\n\
+             late       {late} (published after a later slot, by a retry)\n\
+             faults     {faults}"
+        )
     }
 }
 

@@ -99,10 +99,7 @@ async fn keep_running(mut spec: Spec, stop: CancellationToken, refused: Cancella
             Ok(status) => warn!("{label} ended with {status}; starting it again"),
             Err(error) => warn!("cannot start {label}: {error}"),
         }
-        tokio::select! {
-            () = tokio::time::sleep_until(restart) => {}
-            () = stop.cancelled() => {}
-        }
+        stop.run_until_cancelled(tokio::time::sleep_until(restart)).await;
     }
 }
 
@@ -111,9 +108,8 @@ async fn run(spec: &mut Spec, stop: &CancellationToken) -> io::Result<ExitStatus
     let mut child = spec.command.spawn()?;
     let output = print(spec, child.stderr.take());
     let end = async {
-        tokio::select! {
-            status = child.wait() => return status,
-            () = stop.cancelled() => {}
+        if let Some(status) = stop.run_until_cancelled(child.wait()).await {
+            return status;
         }
         if let Some(pid) = child.id() {
             // It may have ended by itself in this moment.

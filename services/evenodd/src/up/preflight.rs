@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use tokio::process::Command;
 
 use super::Up;
@@ -15,14 +15,6 @@ const NATS_CONFIGURATION: &str = include_str!("../../../../nats/single.conf");
 /// The oldest nats-server that is accepted; the same as in nats/install.
 const MINIMUM: [u32; 2] = [2, 12];
 
-/// What the checks found, and hold.
-pub struct Ready {
-    /// The directory with the services' binaries, which is that of this one.
-    pub binaries: PathBuf,
-    /// Where the broker that `up` starts keeps its data.
-    pub store: Option<Store>,
-}
-
 /// A data directory with the broker's configuration in it.
 pub struct Store {
     /// The absolute path.
@@ -32,19 +24,30 @@ pub struct Store {
     pub lock: File,
 }
 
-/// Checks everything that `up` needs.
+/// The directory with the services' programs, which is that of this one.
+pub fn binaries() -> anyhow::Result<PathBuf> {
+    let this = std::env::current_exe().context("cannot find this program's own file")?;
+    let directory = this.parent().unwrap_or(Path::new(".")).to_owned();
+    ensure!(
+        ["generator", "multiplier", "gateway"].iter().all(|name| directory.join(name).is_file()),
+        "not every program is in {}; build them all with `cargo build --workspace`",
+        directory.display()
+    );
+    Ok(directory)
+}
+
+/// Checks what the settings name, and opens the store of the broker if `up` starts one.
 ///
 /// # Errors
 /// Every fault that was found, one a line.
-pub async fn check(up: &Up) -> anyhow::Result<Ready> {
+pub async fn check(up: &Up) -> anyhow::Result<Option<Store>> {
     let mut faults = Vec::new();
-    let binaries = note(&mut faults, binaries());
-    let mut store = None;
     // Held until all are checked, so that a port that is wanted twice is found as well.
     let mut listeners = Vec::new();
     for n in 0..up.gateways {
         listeners.push(note(&mut faults, listen(up.http(n), "--http")));
     }
+    let mut store = None;
     if up.nats.is_none() {
         for port in [up.nats_port, up.monitoring_port()] {
             let address = ([127, 0, 0, 1], port).into();
@@ -53,27 +56,12 @@ pub async fn check(up: &Up) -> anyhow::Result<Ready> {
         note(&mut faults, is_new_enough(&up.nats_server).await);
         store = note(&mut faults, open_store(&up.data));
     }
-    match binaries {
-        Some(binaries) if faults.is_empty() => Ok(Ready { binaries, store }),
-        _ => bail!(faults.join("\nerror: ")),
-    }
+    ensure!(faults.is_empty(), faults.join("\nerror: "));
+    Ok(store)
 }
 
 fn note<T>(faults: &mut Vec<String>, result: anyhow::Result<T>) -> Option<T> {
     result.map_err(|fault| faults.push(format!("{fault:#}"))).ok()
-}
-
-fn binaries() -> anyhow::Result<PathBuf> {
-    let this = std::env::current_exe().context("cannot find this program's own file")?;
-    let directory = this.parent().unwrap_or(Path::new(".")).to_owned();
-    for binary in ["generator", "multiplier", "gateway"] {
-        ensure!(
-            directory.join(binary).is_file(),
-            "the program {binary} is not in {}; build everything with `cargo build --workspace`",
-            directory.display()
-        );
-    }
-    Ok(directory)
 }
 
 fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
