@@ -7,21 +7,17 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context, bail, ensure};
 use async_nats::Client;
-use async_nats::jetstream::context::{Context, CreateStreamErrorKind};
+use async_nats::jetstream;
 use async_nats::jetstream::stream::Config;
-use async_nats::jetstream::{self, ErrorCode};
 use clap::Args;
 use contract::streams::{NUMBERS, TICKS};
 use runtime::settings::{NatsSettings, milliseconds};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
-use crate::broker::{self, NotReady};
-use crate::streams;
-
-/// What JetStream answers while too few servers are up, or while none of them is its leader.
-const STARTING: [ErrorCode; 2] = [ErrorCode::CLUSTER_NO_PEERS, ErrorCode::CLUSTER_NOT_AVAILABLE];
+use crate::{broker, streams};
 
 /// Make the streams, or compare them with what they must be
 ///
@@ -35,7 +31,7 @@ pub struct Provision {
     #[arg(long, env = "EVENODD_REPLICAS", value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=5))]
     pub replicas: u8,
 
-    /// How long to wait for the connection, and then for `JetStream` to be ready, in milliseconds
+    /// How long to retry, in milliseconds: the broker and `JetStream` may be about to start
     #[arg(long, env = "EVENODD_WAIT_MS", value_name = "MS", default_value = "30000", value_parser = milliseconds(0..=3_600_000))]
     pub wait_ms: Duration,
 }
@@ -43,28 +39,43 @@ pub struct Provision {
 impl Provision {
     /// Provisions one stream after the other, and prints what it did.
     pub async fn run(self) -> anyhow::Result<ExitCode> {
+        let deadline = Instant::now() + self.wait_ms;
         let client = broker::connect(&self.nats, "--nats", self.wait_ms).await?;
         let replicas = self.replicas.into();
         for wanted in [streams::numbers(replicas), streams::ticks(replicas)] {
-            let attempt = async || provision(&client, wanted.clone()).await;
-            let done = broker::when_ready(self.wait_ms, attempt).await;
-            let done = done.with_context(|| format!("stream {}", wanted.name))?;
-            println!("stream {}: {done}", wanted.name);
+            let name = wanted.name.clone();
+            let has = broker::stream_config(&client, &name, deadline).await?;
+            let done = provision(&client, has, wanted, deadline).await;
+            println!("stream {name}: {}", done.with_context(|| format!("stream {name}"))?);
         }
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// Provisions a stream, and says what was done.
-async fn provision(client: &Client, mut wanted: Config) -> anyhow::Result<String> {
+/// Makes a stream as it is wanted, if nothing that it has can be lost, and says what was done.
+async fn provision(
+    client: &Client,
+    has: Option<Config>,
+    mut wanted: Config,
+    deadline: Instant,
+) -> anyhow::Result<String> {
     let context = jetstream::new(client.clone());
-    let Some(has) = broker::stream_config(client, &wanted.name).await? else {
-        create(&context, &wanted).await?;
+    let Some(has) = has else {
+        let subject = &wanted.subjects[0];
+        // The server's own error would not name the other stream.
+        if let Ok(owner) = context.stream_by_subject(subject).await {
+            bail!(
+                "the subject {subject} belongs to the stream {owner} already; take it from there \
+                 first, or use another account"
+            );
+        }
+        // A cluster cannot make the stream before enough servers are up.
+        broker::retry(deadline, async || Ok(context.create_stream(&wanted).await?)).await?;
         return Ok("created".to_owned());
     };
     // More replicas than asked for are no fault.
     wanted.num_replicas = wanted.num_replicas.max(has.num_replicas);
-    let Differences { lines, are_safe } = differences(&has, &wanted)?;
+    let (lines, are_safe) = differences(&has, &wanted)?;
     if lines.is_empty() {
         return Ok("as it must be".to_owned());
     }
@@ -77,41 +88,14 @@ async fn provision(client: &Client, mut wanted: Config) -> anyhow::Result<String
     Ok(format!("changed{lines}"))
 }
 
-async fn create(context: &Context, wanted: &Config) -> anyhow::Result<()> {
-    use CreateStreamErrorKind::{JetStream, JetStreamUnavailable, TimedOut};
-    let Err(error) = context.create_stream(wanted).await else { return Ok(()) };
-    match error.kind() {
-        TimedOut | JetStreamUnavailable => bail!(NotReady(error.to_string())),
-        JetStream(answer) if STARTING.contains(&answer.error_code()) => {
-            bail!(NotReady(error.to_string()))
-        }
-        JetStream(answer) if answer.error_code() == ErrorCode::STREAM_SUBJECT_OVERLAP => {
-            let subject = wanted.subjects.join(", ");
-            let owner = context.stream_by_subject(&subject).await;
-            bail!(
-                "the subject {subject} belongs to the stream {} already; take it from there first, \
-                 or use another account",
-                owner.unwrap_or_else(|_| "?".to_owned())
-            )
-        }
-        _ => Err(error.into()),
-    }
-}
-
-/// In which settings a stream differs from what it must be.
-struct Differences {
-    /// A line for each of them.
-    lines: String,
-    /// Whether all of them can be changed without losing anything.
-    are_safe: bool,
-}
-
-fn differences(has: &Config, wanted: &Config) -> anyhow::Result<Differences> {
+/// A line for each setting that differs, and whether all of them can be changed without losing
+/// anything.
+fn differences(has: &Config, wanted: &Config) -> anyhow::Result<(String, bool)> {
     let stream = &wanted.name;
     let (has, wanted) = (serde_json::to_value(has)?, serde_json::to_value(wanted)?);
     let objects = [&has, &wanted].into_iter().filter_map(Value::as_object);
     let settings: BTreeSet<_> = objects.flat_map(|object| object.keys()).collect();
-    let mut differences = Differences { lines: String::new(), are_safe: true };
+    let (mut lines, mut are_safe) = (String::new(), true);
     for setting in settings {
         // A setting that is left out is null.
         let (has, wanted) = (&has[setting], &wanted[setting]);
@@ -119,11 +103,11 @@ fn differences(has: &Config, wanted: &Config) -> anyhow::Result<Differences> {
         if has != wanted && setting != "metadata" {
             let is_safe = loses_nothing(stream, setting, has, wanted);
             let mark = if is_safe { ' ' } else { '!' };
-            differences.lines += &format!("\n  {mark} {setting}: has {has}, wanted {wanted}");
-            differences.are_safe &= is_safe;
+            lines += &format!("\n  {mark} {setting}: has {has}, wanted {wanted}");
+            are_safe &= is_safe;
         }
     }
-    Ok(differences)
+    Ok((lines, are_safe))
 }
 
 /// Whether a change can be made without any risk for what is stored.
@@ -152,15 +136,15 @@ mod tests {
         let wanted = streams::numbers(3);
         let mut has = wanted.clone();
         change(&mut has);
-        let differences = differences(&has, &wanted).unwrap();
-        assert!(!differences.lines.is_empty(), "nothing differs");
-        !differences.are_safe
+        let (lines, are_safe) = differences(&has, &wanted).unwrap();
+        assert!(!lines.is_empty(), "nothing differs");
+        !are_safe
     }
 
     #[test]
     fn equal_configurations_do_not_differ() {
         let wanted = streams::numbers(1);
-        assert_eq!(differences(&wanted, &wanted).unwrap().lines, "");
+        assert_eq!(differences(&wanted, &wanted).unwrap(), (String::new(), true));
     }
 
     #[test]
@@ -187,7 +171,7 @@ mod tests {
     fn no_limit_is_ever_set() {
         let mut wanted = streams::numbers(1);
         wanted.max_messages = 1;
-        let Differences { lines, are_safe } = differences(&streams::numbers(1), &wanted).unwrap();
+        let (lines, are_safe) = differences(&streams::numbers(1), &wanted).unwrap();
         assert!(!are_safe);
         assert_eq!(lines, "\n  ! max_msgs: has -1, wanted 1");
     }

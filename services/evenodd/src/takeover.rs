@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{Info, State};
-use async_nats::{Client, Message, ServerAddr};
+use async_nats::{Client, ServerAddr};
 use bytes::Bytes;
 use clap::Args;
 use contract::streams::NUMBERS;
@@ -56,8 +56,8 @@ impl Takeover {
         let other = NatsSettings { nats: vec![self.from], credentials: Credentials::default() };
         let from = broker::connect(&other, "--from", broker::TIMEOUT).await?;
         let to = broker::connect(&self.nats, "--nats", broker::TIMEOUT).await?;
-        let existing = async || broker::stream_config(&to, NUMBERS).await;
-        let existing = broker::when_ready(START_TIMEOUT, existing).await.context("--nats")?;
+        let deadline = Instant::now() + START_TIMEOUT;
+        let existing = broker::stream_config(&to, NUMBERS, deadline).await.context("--nats")?;
         ensure!(
             existing.is_none(),
             "--nats: there is a stream {NUMBERS} already, which is never overwritten"
@@ -73,7 +73,6 @@ impl Takeover {
         let subject = restore["deliver_subject"].as_str().context("--nats names no subject")?;
 
         let mut bytes = 0;
-        let mut shown = Instant::now();
         loop {
             let piece = timeout(PIECE_TIMEOUT, pieces.next())
                 .await
@@ -87,15 +86,15 @@ impl Takeover {
                 break;
             }
             bytes += piece.payload.len();
-            broker::show_progress(&mut shown, format_args!("{} MB copied", bytes / 1_000_000));
-            let refusal = send(&to, subject, piece.payload, PIECE_TIMEOUT).await?.payload;
+            broker::show_progress(format_args!("{} MB copied", bytes / 1_000_000));
+            let refusal = send(&to, subject, piece.payload, PIECE_TIMEOUT).await?;
             ensure!(refusal.is_empty(), "--nats: {}", String::from_utf8_lossy(&refusal));
             if let Some(reply) = piece.reply {
                 from.publish(reply, Bytes::new()).await?;
             }
         }
         let restored = send(&to, subject, Bytes::new(), TIMEOUT).await?;
-        let copy = match serde_json::from_slice(&restored.payload)? {
+        let copy = match serde_json::from_slice(&restored)? {
             Response::<Info>::Ok(info) => info.state,
             Response::Err { error } => bail!("--nats: {error}"),
         };
@@ -120,14 +119,9 @@ async fn ask(client: &Client, verb: &str, order: Value) -> anyhow::Result<Value>
     jetstream::api(client, verb, NUMBERS, order.to_string().into(), TIMEOUT).await
 }
 
-/// Sends a piece to the broker that restores the stream.
-async fn send(
-    to: &Client,
-    subject: &str,
-    piece: Bytes,
-    limit: Duration,
-) -> anyhow::Result<Message> {
+/// Sends a piece to the broker that restores the stream, and returns its answer.
+async fn send(to: &Client, subject: &str, piece: Bytes, limit: Duration) -> anyhow::Result<Bytes> {
     let request = connection::request(to).payload(piece);
     let answer = timeout(limit, to.send_request(subject.to_owned(), request)).await;
-    answer.context("--nats does not answer in time")?.context("--nats")
+    Ok(answer.context("--nats does not answer in time")?.context("--nats")?.payload)
 }

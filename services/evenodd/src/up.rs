@@ -83,12 +83,12 @@ pub struct Up {
 
 impl Up {
     pub async fn run(self, log: &LogSettings) -> anyhow::Result<ExitCode> {
-        let binaries = preflight::binaries()?;
-        let store = preflight::check(&self).await?;
+        let evenodd = std::env::current_exe().context("cannot find this program's own file")?;
+        let store = preflight::check(&self, &evenodd).await?;
         let shutdown = runtime::shutdown_on_signal()?;
         let mut children = Children::default();
         let result = tokio::select! {
-            result = self.run_children(&binaries, store, log, &mut children) => result,
+            result = self.run_children(&evenodd, store, log, &mut children) => result,
             () = shutdown.cancelled() => Ok(ExitCode::SUCCESS),
         };
         children.stop().await;
@@ -101,7 +101,7 @@ impl Up {
     /// with.
     async fn run_children(
         &self,
-        binaries: &Path,
+        evenodd: &Path,
         store: Option<Store>,
         log: &LogSettings,
         children: &mut Children,
@@ -124,23 +124,35 @@ impl Up {
 
         let urls: Vec<_> = servers.iter().map(ServerAddr::as_url_str).collect();
         let service = |label, program, n, args: &[&str]| {
-            let mut spec = Spec::new(format!("{label}-{}", n + 1), &binaries.join(program));
-            spec.command.args(args).args(self.common_args(log));
+            let label = format!("{label}-{}", n + 1);
+            let mut spec = Spec::new(label, &evenodd.with_file_name(program));
+            spec.command.args(args).args(self.credentials.to_args());
+            if let Some(filter) = &log.log {
+                spec.command.args(["--log", filter]);
+            }
+            if log.log_format == LogFormat::Json {
+                spec.command.args(["--log-format", "json"]);
+            }
             // Not an argument, because anybody can read those and a URL may hold a password.
             spec.command.env("EVENODD_NATS", urls.join(","));
             spec
         };
-        children.start(
-            (0..self.gateways)
-                .map(|n| service("gateway", "gateway", n, &["--http", &self.http(n).to_string()])),
-        );
+        let gateways = (0..self.gateways)
+            .map(|n| service("gateway", "gateway", n, &["--http", &self.http(n).to_string()]));
+        children.start(gateways);
         let even = (0..self.even).map(|n| service("even", "generator", n, &["--parity", "even"]));
         let odd = (0..self.odd).map(|n| service("odd", "generator", n, &["--parity", "odd"]));
         children.start(even.chain(odd));
         children.start((0..self.multipliers).map(|n| service("multiplier", "multiplier", n, &[])));
-        child::print_line(self.banner(&servers[0], binaries));
+        // Without the password that the URL may hold.
+        let (host, port) = (servers[0].host(), servers[0].port());
+        child::print_line(format!(
+            "\nEvenodd is running: http://{}/ has the numbers, nats://{host}:{port} the live feed. \
+             Ctrl-C stops it.\n",
+            self.http
+        ));
 
-        children.refused().await;
+        children.refused.cancelled().await;
         Ok(ExitCode::from(2))
     }
 
@@ -163,37 +175,5 @@ impl Up {
         spec.command.args(["-m", &self.monitoring_port().to_string()]);
         spec.command.stdin(Stdio::from(store.lock));
         spec
-    }
-
-    /// The arguments of every service.
-    fn common_args(&self, log: &LogSettings) -> Vec<String> {
-        let mut args = self.credentials.to_args();
-        if let Some(filter) = &log.log {
-            args.extend(["--log".to_owned(), filter.clone()]);
-        }
-        if log.log_format == LogFormat::Json {
-            args.extend(["--log-format".to_owned(), "json".to_owned()]);
-        }
-        args
-    }
-
-    fn banner(&self, server: &ServerAddr, binaries: &Path) -> String {
-        let Self { http, even, odd, multipliers, gateways, .. } = self;
-        // Without the password that the URL may hold.
-        let nats = format!("nats://{}:{}", server.host(), server.port());
-        let evenodd = binaries.join("evenodd");
-        format!(
-            "
-Evenodd is running: {even} x even, {odd} x odd, {multipliers} x multiplier, {gateways} x gateway.
-
-  page      http://{http}/
-  numbers   curl http://{http}/numbers
-  live      nats --server {nats} sub numbers.published
-  ticks     nats --server {nats} sub ticks.done
-  check     {} verify --nats {nats}
-  stop      Ctrl-C
-",
-            evenodd.display()
-        )
     }
 }

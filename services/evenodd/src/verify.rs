@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{anyhow, bail, ensure};
+use anyhow::{Context, anyhow, ensure};
 use async_nats::Client;
 use clap::Args;
 use contract::streams::{DUPLICATE_WINDOW, NUMBERS, TICKS};
@@ -18,7 +18,6 @@ use runtime::jetstream;
 use runtime::settings::NatsSettings;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use tokio::time::Instant;
 
 use crate::broker;
 use draws::Draws;
@@ -74,7 +73,6 @@ async fn check_all(
 ) -> anyhow::Result<u64> {
     let state = jetstream::info(client, stream, broker::TIMEOUT).await?.state;
     let mut next = state.first_sequence;
-    let mut shown = Instant::now();
     let mut tries = 0;
     while next <= state.last_sequence && tries < MAX_TRIES {
         let entries = history::read(client, stream, next, MAX_BATCH).await?;
@@ -86,8 +84,10 @@ async fn check_all(
         (next, tries) = (last.sequence + 1, 0);
         entries.iter().for_each(|entry| check_one(check, entry));
         check.print_faults()?;
-        let (done, all) = (last.sequence, state.last_sequence);
-        broker::show_progress(&mut shown, format_args!("{stream}: {done} of {all} messages"));
+        broker::show_progress(format_args!(
+            "{stream} {} of {}",
+            last.sequence, state.last_sequence
+        ));
     }
     Ok(state.last_sequence)
 }
@@ -174,9 +174,8 @@ impl Check {
     }
 
     fn check_slot(&mut self, entry: &Entry, slot: Option<Slot>) -> anyhow::Result<()> {
-        let Some(slot) = slot else {
-            bail!("its Nats-Msg-Id {:?} is no slot", entry.message_id);
-        };
+        let id = &entry.message_id;
+        let slot = slot.with_context(|| format!("its Nats-Msg-Id {id:?} is no slot"))?;
         // Others are compared with this slot from here on, so an impossible one must not get there.
         ensure_begun(slot, self.slot_length, entry)?;
         // A message may come late by as much: one multiplier may retry it while others go on, until

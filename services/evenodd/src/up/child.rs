@@ -58,7 +58,8 @@ impl Spec {
 #[derive(Default)]
 pub struct Children {
     stages: Vec<(JoinSet<()>, CancellationToken)>,
-    refused: CancellationToken,
+    /// Cancelled when a service refuses its settings.
+    pub refused: CancellationToken,
 }
 
 impl Children {
@@ -70,11 +71,6 @@ impl Children {
             tasks.spawn(keep_running(spec, stop.clone(), self.refused.clone()));
         }
         self.stages.push((tasks, stop));
-    }
-
-    /// Waits until a service refuses its settings.
-    pub async fn refused(&self) {
-        self.refused.cancelled().await;
     }
 
     /// Stops one stage after the other, and waits until all children are gone.

@@ -24,24 +24,15 @@ pub struct Store {
     pub lock: File,
 }
 
-/// The directory with the services' programs, which is that of this one.
-pub fn binaries() -> anyhow::Result<PathBuf> {
-    let this = std::env::current_exe().context("cannot find this program's own file")?;
-    let directory = this.parent().unwrap_or(Path::new(".")).to_owned();
-    ensure!(
-        ["generator", "multiplier", "gateway"].iter().all(|name| directory.join(name).is_file()),
-        "not every program is in {}; build them all with `cargo build --workspace`",
-        directory.display()
-    );
-    Ok(directory)
-}
-
-/// Checks what the settings name, and opens the store of the broker if `up` starts one.
+/// Checks what `up` needs, and opens the store if it starts the broker.
 ///
 /// # Errors
 /// Every fault that was found, one a line.
-pub async fn check(up: &Up) -> anyhow::Result<Option<Store>> {
+pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<Option<Store>> {
     let mut faults = Vec::new();
+    for program in ["generator", "multiplier", "gateway"] {
+        note(&mut faults, is_built(&evenodd.with_file_name(program)));
+    }
     // Held until all are checked, so that a port that is wanted twice is found as well.
     let mut listeners = Vec::new();
     for n in 0..up.gateways {
@@ -64,6 +55,12 @@ fn note<T>(faults: &mut Vec<String>, result: anyhow::Result<T>) -> Option<T> {
     result.map_err(|fault| faults.push(format!("{fault:#}"))).ok()
 }
 
+fn is_built(program: &Path) -> anyhow::Result<()> {
+    let shown = program.display();
+    ensure!(program.is_file(), "there is no {shown}; `cargo build --workspace` builds everything");
+    Ok(())
+}
+
 fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address)
         .with_context(|| format!("cannot listen on {address}; choose another with {flag}"))
@@ -77,11 +74,10 @@ async fn is_new_enough(nats_server: &Path) -> anyhow::Result<()> {
     let text = String::from_utf8_lossy(&output.stdout);
     let version = text.trim().trim_start_matches("nats-server: v");
     let numbers: Vec<u32> = version.split('.').map_while(|part| part.parse().ok()).collect();
-    ensure!(numbers.len() >= 2, "{shown} is no nats-server: `--version` prints {:?}", text.trim());
     let [major, minor] = MINIMUM;
     ensure!(
         numbers[..] >= MINIMUM[..],
-        "{shown} is version {version}; {major}.{minor} or newer is needed, `nats/install` gets one"
+        "{shown} is version {version}; nats-server {major}.{minor} or newer is needed, `nats/install` gets one"
     );
     Ok(())
 }
