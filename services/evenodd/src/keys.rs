@@ -1,5 +1,5 @@
 //! `evenodd keys`: an nkey for every user of the broker, a certificate authority, and a
-//! certificate for every server. Each is made once; what is there is left as it is.
+//! certificate for every server. It makes what is missing and leaves what is there as it is.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{ErrorKind, Write};
@@ -8,29 +8,28 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
-use async_nats::rustls::pki_types::CertificateDer;
+use async_nats::rustls::RootCertStore;
 use async_nats::rustls::pki_types::pem::PemObject;
+use async_nats::rustls::pki_types::{CertificateDer, TrustAnchor};
 use clap::Args;
 use nkeys::KeyPair as Nkey;
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyPair, KeyUsagePurpose,
 };
 use time::{Duration, OffsetDateTime};
 
-use crate::USER;
+use crate::broker::USER;
 
-/// Who connects to the broker with a key. nats/cluster.conf says what each may do.
+/// The users that connect to the broker with a key. nats/cluster.conf says what each may do.
 const USERS: [&str; 5] = ["even", "odd", "multiplier", "gateway", USER];
 
-/// Twice as long as the system is meant to run: a certificate that ends is an outage with a date.
+/// Twice as long as the system is meant to run: a certificate that expires is an outage.
 const VALID: Duration = Duration::days(20 * 365);
-/// For servers whose clock is behind.
+/// Certificates are valid from a day ago, for servers whose clock is behind.
 const VALID_BEFORE: Duration = Duration::days(1);
 
-/// The name of our authority.
-const AUTHORITY: &str = "Evenodd";
-
+/// File modes.
 const SECRET: u32 = 0o600;
 const SECRET_OF_GROUP: u32 = 0o640;
 const PUBLIC: u32 = 0o644;
@@ -66,12 +65,17 @@ fn group(text: &str) -> Result<(String, u32), String> {
 
 impl Keys {
     pub fn run(&self) -> anyhow::Result<ExitCode> {
-        let known = |name: &str| USERS.contains(&name) || self.servers.iter().any(|s| s == name);
-        if let Some(name) = self.servers.iter().find(|name| name.is_empty() || name.contains('/')) {
-            bail!("--servers: {name:?} is no host name");
+        for server in &self.servers {
+            let is_host = !server.is_empty() && !server.contains('/');
+            ensure!(is_host, "--servers: {server:?} is no host name");
+            ensure!(server != "ca", "--servers: ca.pem and ca.key are the files of the authority");
         }
-        if let Some((name, _)) = self.groups.iter().find(|(name, _)| !known(name)) {
-            bail!("--groups: {name} is neither a user ({}) nor one of --servers", USERS.join(", "));
+        for (name, _) in &self.groups {
+            ensure!(
+                USERS.contains(&name.as_str()) || self.servers.contains(name),
+                "--groups: {name} is neither a user ({}) nor one of --servers",
+                USERS.join(", ")
+            );
         }
         fs::create_dir_all(&self.directory)
             .with_context(|| format!("cannot make {}", self.directory.display()))?;
@@ -91,14 +95,14 @@ impl Keys {
                     .with_context(|| format!("{file} holds no seed of an nkey"))?,
                 None => {
                     let nkey = Nkey::new_user();
-                    self.write(&file, &nkey.seed()?, self.group_of(user))?;
+                    self.write_secret(&file, &nkey.seed()?, user)?;
                     nkey
                 }
             };
             public += &format!("{}_KEY: \"{}\"\n", user.to_uppercase(), nkey.public_key());
         }
         if self.read("users.conf")?.as_ref() != Some(&public) {
-            self.write("users.conf", &public, Access::All)?;
+            self.write("users.conf", &public, PUBLIC, None)?;
         }
         Ok(())
     }
@@ -106,60 +110,46 @@ impl Keys {
     fn certificates(&self) -> anyhow::Result<()> {
         let mut missing = Vec::new();
         for server in &self.servers {
-            let [certificate, key] = [".pem", ".key"].map(|end| format!("{server}{end}"));
-            if self.read(&certificate)?.is_none() || self.read(&key)?.is_none() {
-                missing.push((server, certificate, key));
+            let certificate = self.read(&format!("{server}.pem"))?;
+            let key = self.read(&format!("{server}.key"))?;
+            if certificate.is_none() || key.is_none() {
+                missing.push(server);
             }
         }
-        let authority = match self.read("ca.pem")? {
-            Some(_) if missing.is_empty() => return Ok(()),
-            Some(certificate) => {
-                let key = self.read("ca.key")?.context(
-                    "a certificate is missing and ca.key is not there: put it back, or remove all certificates",
-                )?;
-                let key = KeyPair::from_pem(&key).context("ca.key")?;
-                let certificate = CertificateDer::from_pem_slice(certificate.as_bytes());
-                let certificate = certificate.context("ca.pem")?;
-                let has = |part: &[u8]| certificate.windows(part.len()).any(|bytes| bytes == part);
-                ensure!(
-                    has(key.public_key_raw()) && has(AUTHORITY.as_bytes()),
-                    "a certificate is missing, and ca.pem is not the certificate that was made here for \
-                     ca.key: sign it with the authority that ca.pem is of"
-                );
-                Issuer::new(authority()?, key)
-            }
-            None => {
-                let key = match self.read("ca.key")? {
-                    // Its certificate can be made again, and those that it has signed stay valid.
-                    Some(key) => KeyPair::from_pem(&key).context("ca.key")?,
-                    None => {
-                        ensure!(
-                            missing.len() == self.servers.len(),
-                            "there are certificates, and neither ca.pem nor ca.key: put these back, or \
-                             remove all certificates"
-                        );
-                        let key = KeyPair::generate()?;
-                        self.write("ca.key", &key.serialize_pem(), Access::Own)?;
-                        key
-                    }
-                };
-                let certificate = authority()?.self_signed(&key)?;
-                self.write("ca.pem", &certificate.pem(), Access::All)?;
-                Issuer::new(authority()?, key)
+        let ca_pem = self.read("ca.pem")?;
+        let ca_key = match (&ca_pem, self.read("ca.key")?) {
+            (Some(_), _) if missing.is_empty() => return Ok(()),
+            (_, Some(key)) => KeyPair::from_pem(&key).context("ca.key")?,
+            (Some(_), None) => bail!(
+                "a certificate is missing and ca.key is not there: put it back, or remove all certificates"
+            ),
+            (None, None) if missing.len() < self.servers.len() => bail!(
+                "there are certificates, and neither ca.pem nor ca.key: put these back, or remove \
+                 all certificates"
+            ),
+            (None, None) => {
+                let key = KeyPair::generate()?;
+                self.write("ca.key", &key.serialize_pem(), SECRET, None)?;
+                key
             }
         };
-        for (server, certificate_file, key_file) in missing {
+        let authority = CertifiedIssuer::self_signed(authority()?, ca_key)?;
+        match ca_pem {
+            // The same name and the same key: the certificates of the servers stay valid.
+            None => self.write("ca.pem", &authority.pem(), PUBLIC, None)?,
+            Some(pem) => ensure!(
+                trust_anchor(&pem).context("ca.pem")? == trust_anchor(&authority.pem())?,
+                "a certificate is missing, and ca.pem is not the certificate that was made here for \
+                 ca.key: sign the missing one with the authority that ca.pem belongs to"
+            ),
+        }
+        for server in missing {
             let key = KeyPair::generate()?;
             let certificate = certificate(server)?.signed_by(&key, &authority)?;
-            self.write(&key_file, &key.serialize_pem(), self.group_of(server))?;
-            self.write(&certificate_file, &certificate.pem(), Access::All)?;
+            self.write_secret(&format!("{server}.key"), &key.serialize_pem(), server)?;
+            self.write(&format!("{server}.pem"), &certificate.pem(), PUBLIC, None)?;
         }
         Ok(())
-    }
-
-    fn group_of(&self, name: &str) -> Access {
-        let group = self.groups.iter().find(|(known, _)| known == name);
-        group.map_or(Access::Own, |&(_, gid)| Access::Group(gid))
     }
 
     fn read(&self, file: &str) -> anyhow::Result<Option<String>> {
@@ -171,8 +161,16 @@ impl Keys {
         }
     }
 
-    /// All of it or nothing, whatever happens, and never readable by more than it is meant for.
-    fn write(&self, file: &str, content: &str, access: Access) -> anyhow::Result<()> {
+    /// Writes what only its owner may read, and the group that is set for `name`.
+    fn write_secret(&self, file: &str, content: &str, name: &str) -> anyhow::Result<()> {
+        match self.groups.iter().find(|(of, _)| of == name) {
+            Some((_, gid)) => self.write(file, content, SECRET_OF_GROUP, Some(*gid)),
+            None => self.write(file, content, SECRET, None),
+        }
+    }
+
+    /// Writes the whole file or none of it. At no moment can more users read it than `mode` says.
+    fn write(&self, file: &str, content: &str, mode: u32, gid: Option<u32>) -> anyhow::Result<()> {
         let path = self.directory.join(file);
         let unfinished = self.directory.join(format!("{file}.new"));
         let write = || {
@@ -180,14 +178,7 @@ impl Keys {
             let mut new =
                 options.write(true).create(true).truncate(true).mode(SECRET).open(&unfinished)?;
             new.write_all(content.as_bytes())?;
-            let mode = match access {
-                Access::Own => SECRET,
-                Access::Group(gid) => {
-                    chown(&unfinished, None, Some(gid))?;
-                    SECRET_OF_GROUP
-                }
-                Access::All => PUBLIC,
-            };
+            chown(&unfinished, None, gid)?;
             new.set_permissions(Permissions::from_mode(mode))?;
             new.sync_all()?;
             fs::rename(&unfinished, &path)?;
@@ -199,40 +190,41 @@ impl Keys {
     }
 }
 
-/// Who may read a file.
-#[derive(Clone, Copy, Debug)]
-enum Access {
-    Own,
-    Group(u32),
-    All,
+/// What a client that trusts this certificate goes by: its name and its public key.
+fn trust_anchor(pem: &str) -> anyhow::Result<Vec<TrustAnchor<'static>>> {
+    let mut store = RootCertStore::empty();
+    store.add(CertificateDer::from_pem_slice(pem.as_bytes())?)?;
+    Ok(store.roots)
 }
 
-/// The same every time, so that a later certificate has the same issuer.
+/// The certificate of the authority. Its name never changes: it is the issuer in the certificates
+/// of the servers.
 fn authority() -> anyhow::Result<CertificateParams> {
-    let mut params = valid(CertificateParams::new(Vec::<String>::new())?);
-    params.distinguished_name.push(DnType::CommonName, AUTHORITY);
-    // It signs certificates of servers, and no other authority.
+    let mut params = params("Evenodd", &[])?;
+    // It may sign certificates of servers, but not of another authority.
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
     Ok(params)
 }
 
+/// The certificate of a server.
 fn certificate(server: &str) -> anyhow::Result<CertificateParams> {
-    // The last two are for an operator on the server's own machine.
-    let names = [server, "localhost", "127.0.0.1"].map(str::to_owned);
-    let mut params = valid(CertificateParams::new(names).context("--servers")?);
-    params.distinguished_name.push(DnType::CommonName, server);
+    // An operator on the server's own machine uses the last two.
+    let mut params = params(server, &[server, "localhost", "127.0.0.1"]).context("--servers")?;
     params.use_authority_key_identifier_extension = true;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    // Of two servers that form a cluster, the one that connects is the client.
+    // When two servers of a cluster connect, one of them is the client.
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     Ok(params)
 }
 
-fn valid(mut params: CertificateParams) -> CertificateParams {
-    let now = OffsetDateTime::now_utc();
-    params.not_before = now - VALID_BEFORE;
-    params.not_after = now + VALID;
-    params
+/// What all certificates have in common.
+fn params(name: &str, hosts: &[&str]) -> anyhow::Result<CertificateParams> {
+    let hosts: Vec<_> = hosts.iter().map(ToString::to_string).collect();
+    let mut params = CertificateParams::new(hosts)?;
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.not_before = OffsetDateTime::now_utc() - VALID_BEFORE;
+    params.not_after = OffsetDateTime::now_utc() + VALID;
+    Ok(params)
 }

@@ -1,8 +1,9 @@
-//! The operator's tool. A subcommand a module; here is what they share.
+//! The operator's tool: a module for each subcommand. `broker` and `streams` hold what they share.
 
-// This is a command for people: what it prints is its purpose.
+// A command for people prints its results.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod broker;
 mod keys;
 mod provision;
 pub mod streams;
@@ -15,9 +16,6 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use runtime::telemetry;
-
-/// The name by which the broker knows the operator.
-const USER: &str = "operator";
 
 /// Runs, provisions and checks the Evenodd pipeline.
 #[derive(Parser, Debug)]
@@ -41,30 +39,25 @@ enum Command {
 }
 
 /// The whole of `main`. Status 0 if all is well, 1 if not, 2 for wrong settings.
+///
+/// One thread, which lives to the end: Linux sends a child of `up` its death signal when the thread
+/// that started it ends.
 #[must_use]
-pub fn main() -> ExitCode {
+#[tokio::main(flavor = "current_thread")]
+pub async fn main() -> ExitCode {
     let cli = Cli::parse();
-    // Only what is wrong: a command's result is its output.
+    // Only warnings: a command's result is its output.
     telemetry::start(&cli.log, "warn,async_nats=error,async_nats::connector=off");
-    // One thread: a child gets its death signal when the thread that started it ends.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let result = runtime.map_err(Into::into).and_then(|runtime| {
-        runtime.block_on(async {
-            match cli.command {
-                Command::Up(up) => up.run(&cli.log).await,
-                Command::Provision(provision) => provision.run().await,
-                Command::Keys(keys) => keys.run(),
-                Command::Takeover(takeover) => takeover.run().await,
-                Command::Verify(verify) => verify.run().await,
-                Command::Token(token) => token.run(),
-            }
-        })
-    });
-    match result {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let result = match cli.command {
+        Command::Up(up) => up.run(&cli.log).await,
+        Command::Provision(provision) => provision.run().await,
+        Command::Keys(keys) => keys.run(),
+        Command::Takeover(takeover) => takeover.run().await,
+        Command::Verify(verify) => verify.run().await,
+        Command::Token(token) => token.run(),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
 }

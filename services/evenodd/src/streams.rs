@@ -1,8 +1,6 @@
 //! The settings of the two streams. `provision` creates them, and `takeover` one of them; nothing else
 //! does.
 
-use std::time::Duration;
-
 use async_nats::jetstream::stream::{
     Compression, Config, DiscardPolicy, Republish, RetentionPolicy, StorageType,
 };
@@ -54,7 +52,6 @@ fn stream(name: &str, subject: &str, republished: &str, replicas: usize) -> Conf
         max_messages_per_subject: -1,
         max_message_size: -1,
         max_consumers: -1,
-        max_age: Duration::ZERO,
         duplicate_window: DUPLICATE_WINDOW,
         allow_direct: true,
         num_replicas: replicas,

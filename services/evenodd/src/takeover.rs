@@ -1,9 +1,10 @@
 //! `evenodd takeover`: copies the history of another broker, message for message: sequences and
 //! times stay as they are.
 //!
-//! The server makes a snapshot of the stream and restores it (the `JetStream` API `STREAM.SNAPSHOT` and
-//! `STREAM.RESTORE`, as `nats stream backup` uses it); what happens here is that the pieces are passed on. A mirror would copy as
-//! well, but needs the two brokers to be connected as leaf nodes for as long as it takes.
+//! One server makes a snapshot of the stream and the other restores it (the `JetStream` API
+//! `STREAM.SNAPSHOT` and `STREAM.RESTORE`, as `nats stream backup` uses it); this command passes the
+//! pieces on. A mirror would copy as well, but needs the two brokers to be connected as leaf nodes for
+//! as long as it takes.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -12,26 +13,25 @@ use anyhow::{Context, bail, ensure};
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{Info, State};
 use async_nats::{Client, ServerAddr};
+use bytes::Bytes;
 use clap::Args;
 use contract::streams::NUMBERS;
 use futures::StreamExt;
-use indicatif::ProgressBar;
-use runtime::connection;
-use runtime::jetstream::{self, NoStream};
 use runtime::settings::{NatsSettings, server};
+use runtime::{Credentials, connection, jetstream};
 use serde_json::{Value, json};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
-use crate::{USER, streams};
+use crate::{broker, streams};
 
-/// How long the servers may take to begin and to end: the snapshot is checked before, and the
-/// index made afterwards.
-const PATIENCE: Duration = Duration::from_mins(10);
-/// How long the servers may take to start.
-const START_PATIENCE: Duration = Duration::from_mins(2);
+/// How long the servers may take to begin, when they check the snapshot, and to end, when they make
+/// the index.
+const TIMEOUT: Duration = Duration::from_mins(10);
+/// How long JetStream may take to start.
+const START_TIMEOUT: Duration = Duration::from_mins(2);
 /// How long one piece may take.
-const PIECE_PATIENCE: Duration = Duration::from_secs(30);
-/// A piece, in bytes: within the `max_payload` of both of our configurations.
+const PIECE_TIMEOUT: Duration = Duration::from_secs(30);
+/// The size of a piece in bytes: less than the `max_payload` of both our configurations.
 const PIECE: usize = 32 * 1024;
 
 /// Copy the history of another broker here, with its sequences and times
@@ -53,65 +53,59 @@ pub struct Takeover {
 
 impl Takeover {
     pub async fn run(self) -> anyhow::Result<ExitCode> {
-        let other =
-            NatsSettings { nats: vec![self.from], credentials: runtime::Credentials::default() };
-        let from = connection::connect(&other, USER, "evenodd takeover").await?;
-        let to = connection::connect(&self.nats, USER, "evenodd takeover").await?;
-        for (client, flag) in [(&from, "--from"), (&to, "--nats")] {
-            let connected = connection::wait_until_connected(client, Duration::from_secs(10));
-            ensure!(connected.await, "NATS is not reachable; see {flag}");
-        }
-        wait_for_room(&to).await.context("--nats")?;
-        let before = jetstream::info(&from, NUMBERS, PIECE_PATIENCE).await.context("--from")?.state;
+        let other = NatsSettings { nats: vec![self.from], credentials: Credentials::default() };
+        let from = broker::connect(&other, "--from", broker::TIMEOUT).await?;
+        let to = broker::connect(&self.nats, "--nats", broker::TIMEOUT).await?;
+        let deadline = Instant::now() + START_TIMEOUT;
+        let existing = broker::stream_config(&to, NUMBERS, deadline).await.context("--nats")?;
+        ensure!(
+            existing.is_none(),
+            "--nats: there is a stream {NUMBERS} already, which is never overwritten"
+        );
 
         let inbox = connection::inbox(&from);
         let mut pieces = from.subscribe(inbox.clone()).await?;
         let order = json!({ "deliver_subject": inbox, "no_consumers": true, "chunk_size": PIECE });
-        let snapshot: Value = ask(&from, "STREAM.SNAPSHOT", order).await.context("--from")?;
+        let snapshot = ask(&from, "STREAM.SNAPSHOT", order).await.context("--from")?;
         let config = streams::numbers(self.replicas.into());
         let order = json!({ "config": config, "state": snapshot["state"] });
-        let restore: Value = ask(&to, "STREAM.RESTORE", order).await.context("--nats")?;
-        let deliver = restore["deliver_subject"].as_str().context("--nats names no subject")?;
+        let restore = ask(&to, "STREAM.RESTORE", order).await.context("--nats")?;
+        let subject = restore["deliver_subject"].as_str().context("--nats names no subject")?;
 
-        let progress = ProgressBar::new_spinner();
-        let last = loop {
-            let piece = tokio::time::timeout(PIECE_PATIENCE, pieces.next())
+        let mut bytes = 0;
+        loop {
+            let piece = timeout(PIECE_TIMEOUT, pieces.next())
                 .await
                 .context("--from has stopped sending")?
                 .context("the connection to --from was closed")?;
             if let Some(status) = piece.status.filter(|status| status.as_u16() >= 400) {
                 bail!("--from: {status} {}", piece.description.unwrap_or_default());
             }
-            let end = piece.payload.is_empty();
-            progress.inc(piece.payload.len() as u64);
-            progress.set_message(format!("{} MB", progress.position() / 1_000_000));
-            let request = connection::request(&to).payload(piece.payload);
-            let sent = to.send_request(deliver.to_owned(), request);
-            let patience = if end { PATIENCE } else { PIECE_PATIENCE };
-            let answer = tokio::time::timeout(patience, sent).await.context("--nats")??;
-            if end {
-                break answer;
+            // The last piece is an empty one.
+            if piece.payload.is_empty() {
+                break;
             }
-            let refusal = String::from_utf8_lossy(&answer.payload);
-            ensure!(refusal.is_empty(), "--nats: {refusal}");
+            bytes += piece.payload.len();
+            broker::show_progress(format_args!("{} MB copied", bytes / 1_000_000));
+            let refusal = send(&to, subject, piece.payload, PIECE_TIMEOUT).await?;
+            ensure!(refusal.is_empty(), "--nats: {}", String::from_utf8_lossy(&refusal));
             if let Some(reply) = piece.reply {
-                from.publish(reply, "".into()).await?;
+                from.publish(reply, Bytes::new()).await?;
             }
-        };
-        progress.finish_and_clear();
-        let copy = match serde_json::from_slice(&last.payload)? {
+        }
+        let restored = send(&to, subject, Bytes::new(), TIMEOUT).await?;
+        let copy = match serde_json::from_slice(&restored)? {
             Response::<Info>::Ok(info) => info.state,
             Response::Err { error } => bail!("--nats: {error}"),
         };
-        let after = jetstream::info(&from, NUMBERS, PIECE_PATIENCE).await?.state;
+        let original = jetstream::info(&from, NUMBERS, PIECE_TIMEOUT).await.context("--from")?;
+        let extent = |state: &State| (state.first_sequence, state.last_sequence, state.messages);
         ensure!(
-            same(&before, &copy) && same(&after, &copy),
-            "the copy has the sequences {} to {}, --from {} to {}: was something published there \
+            extent(&copy) == extent(&original.state),
+            "the copy ends with sequence {} and --from with {}: was something published there \
              meanwhile? Stop that, remove the copy, and begin again",
-            copy.first_sequence,
             copy.last_sequence,
-            after.first_sequence,
-            after.last_sequence,
+            original.state.last_sequence,
         );
         println!(
             "stream {NUMBERS}: copied {} messages, sequences {} to {}",
@@ -121,25 +115,13 @@ impl Takeover {
     }
 }
 
-/// Waits for JetStream, which in a cluster that is just started has no leader yet, and makes sure that
-/// there is no history.
-async fn wait_for_room(client: &Client) -> anyhow::Result<()> {
-    let begun = Instant::now();
-    loop {
-        match jetstream::info(client, NUMBERS, Duration::from_secs(2)).await {
-            Ok(_) => bail!("there is a stream {NUMBERS} already, which is never overwritten"),
-            Err(error) if error.is::<NoStream>() => return Ok(()),
-            Err(error) if begun.elapsed() > START_PATIENCE => return Err(error),
-            Err(_) => tokio::time::sleep(Duration::from_millis(250)).await,
-        }
-    }
-}
-
 async fn ask(client: &Client, verb: &str, order: Value) -> anyhow::Result<Value> {
-    jetstream::api(client, verb, NUMBERS, order.to_string().into(), PATIENCE).await
+    jetstream::api(client, verb, NUMBERS, order.to_string().into(), TIMEOUT).await
 }
 
-fn same(one: &State, other: &State) -> bool {
-    let key = |state: &State| (state.first_sequence, state.last_sequence, state.messages);
-    key(one) == key(other)
+/// Sends a piece to the broker that restores the stream, and returns its answer.
+async fn send(to: &Client, subject: &str, piece: Bytes, limit: Duration) -> anyhow::Result<Bytes> {
+    let request = connection::request(to).payload(piece);
+    let answer = timeout(limit, to.send_request(subject.to_owned(), request)).await;
+    Ok(answer.context("--nats does not answer in time")?.context("--nats")?.payload)
 }

@@ -2,31 +2,30 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use clap::Args;
-use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode, get_current_timestamp};
 use serde_json::json;
 
 /// Make an access token for a gateway with --jwt-key
 ///
-/// Prints a JSON Web Token (RFC 7519). For trying it out: in earnest, tokens come from whoever knows the users.
+/// Prints a JSON Web Token (RFC 7519), to try a gateway out. In production tokens come from the service that signs users in.
 #[derive(Args, Debug)]
 pub struct Token {
     /// What to sign with: the file with the secret, or the private key in PEM (PKCS #8)
     #[arg(long, value_name = "FILE")]
     key: PathBuf,
 
-    /// Whom the token is for (aud)
+    /// The audience that the token is for (aud)
     #[arg(long, value_name = "NAME")]
     audience: Option<String>,
 
-    /// Who makes it (iss)
+    /// The issuer of the token (iss)
     #[arg(long, value_name = "NAME")]
     issuer: Option<String>,
 
-    /// For how long it is valid, in seconds
+    /// How long the token is valid, in seconds
     #[arg(long, value_name = "S", default_value = "3600", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     valid_s: u64,
 }
@@ -50,11 +49,8 @@ impl Token {
             // As the gateway reads it: without the line break at the end.
             (EncodingKey::from_secret(content.trim_ascii_end()), Algorithm::HS256)
         };
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
-        let mut claims = json!({
-            "iat": now.as_secs(),
-            "exp": (now + Duration::from_secs(self.valid_s)).as_secs(),
-        });
+        let now = get_current_timestamp();
+        let mut claims = json!({ "iat": now, "exp": now + self.valid_s });
         if let Some(audience) = &self.audience {
             claims["aud"] = audience.as_str().into();
         }

@@ -4,8 +4,8 @@ mod child;
 mod preflight;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -13,16 +13,15 @@ use async_nats::ServerAddr;
 use clap::Args;
 use runtime::settings::NatsSettings;
 use runtime::telemetry::{LogFormat, LogSettings};
-use runtime::{Credentials, Shutdown, connection};
+use runtime::{Credentials, Shutdown};
 use tokio::net::TcpStream;
-use tokio_util::sync::CancellationToken;
 
-use crate::{USER, provision};
-use child::{Children, DRAIN, Spec};
-use preflight::Ready;
+use crate::provision::Provision;
+use child::{Children, STOP_TIMEOUT, Spec};
+use preflight::Store;
 
-/// The broker's configuration; ports and directories come from its command line.
-const NATS_CONFIGURATION: &str = include_str!("../../../nats/single.conf");
+/// How long the broker, and then JetStream, may take to start.
+const START_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// Run the whole pipeline on this machine
 ///
@@ -84,106 +83,80 @@ pub struct Up {
 
 impl Up {
     pub async fn run(self, log: &LogSettings) -> anyhow::Result<ExitCode> {
-        let ready = match preflight::check(&self).await {
-            Ok(ready) => ready,
-            Err(faults) => {
-                for fault in faults {
-                    eprintln!("error: {fault}");
-                }
-                return Ok(ExitCode::FAILURE);
-            }
+        let evenodd = std::env::current_exe().context("cannot find this program's own file")?;
+        let store = preflight::check(&self, &evenodd).await?;
+        let shutdown = Shutdown::on_signal(STOP_TIMEOUT)?;
+        let mut children = Children::default();
+        let result = tokio::select! {
+            result = self.run_children(&evenodd, store, log, &mut children) => result,
+            _ = shutdown.begun() => Ok(ExitCode::SUCCESS),
         };
-        let shutdown = Shutdown::on_signal(DRAIN)?;
-        // The order to stop in: nobody loses what it needs before it has stopped itself.
-        let mut stages = Vec::new();
-        let refused = CancellationToken::new();
-        let result = self.start(&ready, log, &shutdown, &refused, &mut stages).await;
-        if result.is_ok() {
-            tokio::select! {
-                _ = shutdown.begun() => {}
-                () = refused.cancelled() => {}
-            }
-        }
-        while let Some(stage) = stages.pop() {
-            stage.stop().await;
-        }
-        // For whoever reads the last lines.
+        children.stop().await;
+        // Time to print the last lines.
         tokio::time::sleep(Duration::from_millis(50)).await;
-        result?;
-        // The same status as the service that does not take its settings.
-        Ok(if refused.is_cancelled() { ExitCode::from(2) } else { ExitCode::SUCCESS })
+        result
     }
 
-    /// Starts everything, and pushes what it started onto `stages`. Returns early on shutdown.
-    async fn start(
+    /// Starts everything. Returns when a service refuses its settings, with the status that it ended
+    /// with.
+    async fn run_children(
         &self,
-        ready: &Ready,
+        evenodd: &Path,
+        store: Option<Store>,
         log: &LogSettings,
-        shutdown: &Shutdown,
-        refused: &CancellationToken,
-        stages: &mut Vec<Children>,
-    ) -> anyhow::Result<()> {
-        if self.nats.is_none() {
-            stages.push(Children::start(vec![self.broker(ready)], refused));
-        }
-        let servers = self.servers();
-        let provisioned = async {
-            // No client before the broker listens: it would only complain.
-            let own = ("127.0.0.1", self.nats_port);
-            while self.nats.is_none() && TcpStream::connect(own).await.is_err() {
+        children: &mut Children,
+    ) -> anyhow::Result<ExitCode> {
+        // In this order, so that what is needed is stopped after those that need it.
+        if let Some(store) = store {
+            children.start([self.broker(store)]);
+            // A client that connects before the broker listens would only complain.
+            while TcpStream::connect(("127.0.0.1", self.nats_port)).await.is_err() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
-            let settings =
-                NatsSettings { nats: servers.clone(), credentials: self.credentials.clone() };
-            let client = connection::connect(&settings, USER, "evenodd up").await?;
-            let wait = Duration::from_secs(120);
-            for outcome in provision::provision(&client, 1, wait).await? {
-                anyhow::ensure!(outcome.refused.is_empty(), "{outcome}");
-            }
-            anyhow::Ok(())
-        };
-        tokio::select! {
-            result = provisioned => result.context("cannot provision the streams")?,
-            _ = shutdown.begun() => return Ok(()),
         }
-        let service = |binary, label, n: u16, own: &[&str]| {
-            let mut args = self.common_args(log);
-            args.extend(own.iter().map(ToString::to_string));
-            Spec {
-                label: format!("{label}-{}", n + 1),
-                program: ready.binaries.join(binary),
-                args,
-                servers: Some(self.server_list()),
-                ..Spec::default()
+        let servers = match &self.nats {
+            Some(servers) => servers.clone(),
+            None => vec![format!("nats://127.0.0.1:{}", self.nats_port).parse()?],
+        };
+        let nats = NatsSettings { nats: servers.clone(), credentials: self.credentials.clone() };
+        let provision = Provision { nats, replicas: 1, wait_ms: START_TIMEOUT };
+        provision.run().await.context("cannot provision the streams")?;
+
+        let urls: Vec<_> = servers.iter().map(ServerAddr::as_url_str).collect();
+        let service = |label, program, n, args: &[&str]| {
+            let label = format!("{label}-{}", n + 1);
+            let mut spec = Spec::new(label, &evenodd.with_file_name(program));
+            spec.command.args(args).args(self.credentials.to_args());
+            if let Some(filter) = &log.log {
+                spec.command.args(["--log", filter]);
             }
+            if log.log_format == LogFormat::Json {
+                spec.command.args(["--log-format", "json"]);
+            }
+            // Not an argument, because anybody can read those and a URL may hold a password.
+            spec.command.env("EVENODD_NATS", urls.join(","));
+            spec
         };
         let gateways = (0..self.gateways)
-            .map(|n| service("gateway", "gateway", n, &["--http", &self.http(n).to_string()]))
-            .collect();
-        let even = (0..self.even).map(|n| service("generator", "even", n, &["--parity", "even"]));
-        let odd = (0..self.odd).map(|n| service("generator", "odd", n, &["--parity", "odd"]));
-        let generators = even.chain(odd).collect();
-        let multipliers =
-            (0..self.multipliers).map(|n| service("multiplier", "multiplier", n, &[])).collect();
-        for stage in [gateways, generators, multipliers] {
-            stages.push(Children::start(stage, refused));
-        }
-        child::print_line(self.banner(ready));
-        Ok(())
+            .map(|n| service("gateway", "gateway", n, &["--http", &self.http(n).to_string()]));
+        children.start(gateways);
+        let even = (0..self.even).map(|n| service("even", "generator", n, &["--parity", "even"]));
+        let odd = (0..self.odd).map(|n| service("odd", "generator", n, &["--parity", "odd"]));
+        children.start(even.chain(odd));
+        children.start((0..self.multipliers).map(|n| service("multiplier", "multiplier", n, &[])));
+        // Without the password that the URL may hold.
+        let (host, port) = (servers[0].host(), servers[0].port());
+        child::print_line(format!(
+            "\nEvenodd is running: http://{}/ has the numbers, nats://{host}:{port} the live feed. \
+             Ctrl-C stops it.\n",
+            self.http
+        ));
+
+        children.refused.cancelled().await;
+        Ok(ExitCode::from(2))
     }
 
-    fn servers(&self) -> Vec<ServerAddr> {
-        self.nats.clone().unwrap_or_else(|| {
-            let local = format!("nats://127.0.0.1:{}", self.nats_port);
-            local.parse().into_iter().collect()
-        })
-    }
-
-    fn server_list(&self) -> String {
-        let urls: Vec<_> = self.servers().iter().map(|s| s.as_url_str().to_owned()).collect();
-        urls.join(",")
-    }
-
+    /// The port of the broker's monitoring.
     fn monitoring_port(&self) -> u16 {
         self.nats_port + 4000
     }
@@ -193,74 +166,14 @@ impl Up {
         SocketAddr::new(self.http.ip(), self.http.port().saturating_add(n))
     }
 
-    fn broker(&self, ready: &Ready) -> Spec {
-        let data = ready.data.to_string_lossy();
-        let args = [
-            "-c".to_owned(),
-            format!("{data}/nats-server.conf"),
-            "-sd".to_owned(),
-            data.into_owned(),
-            "-p".to_owned(),
-            self.nats_port.to_string(),
-            "-m".to_owned(),
-            self.monitoring_port().to_string(),
-        ];
-        Spec {
-            label: "nats".to_owned(),
-            program: self.nats_server.clone(),
-            args: args.into(),
-            // It says more than anybody wants to read while all is well.
-            hide: Some("[INF]"),
-            holds: ready.lock.clone(),
-            ..Spec::default()
-        }
-    }
-
-    /// What every service is told.
-    fn common_args(&self, log: &LogSettings) -> Vec<String> {
-        let mut args = vec!["--drain-ms".to_owned(), DRAIN.as_millis().to_string()];
-        args.extend(self.credentials.to_args());
-        if let Some(filter) = &log.log {
-            args.extend(["--log".to_owned(), filter.clone()]);
-        }
-        if log.log_format == LogFormat::Json {
-            args.extend(["--log-format".to_owned(), "json".to_owned()]);
-        }
-        args
-    }
-
-    fn banner(&self, ready: &Ready) -> String {
-        let http = self.http;
-        // Without a password that the URLs may hold.
-        let shown: Vec<_> = self
-            .servers()
-            .iter()
-            .map(|server| format!("nats://{}:{}", server.host(), server.port()))
-            .collect();
-        let shown = shown.join(",");
-        let port = match (&self.nats, self.nats_port) {
-            (None, 4222) => String::new(),
-            _ => format!(" --server {shown}"),
-        };
-        let history = if self.nats.is_none() {
-            format!("in {}", ready.data.display())
-        } else {
-            "in the broker's store".to_owned()
-        };
-        let verify = ready.binaries.join("evenodd");
-        format!(
-            "\nEvenodd is running: {} x even, {} x odd, {} x multiplier, {} x gateway.\n\n  \
-             page      http://{http}/\n  \
-             numbers   curl http://{http}/numbers\n  \
-             live      nats{port} sub numbers.published\n  \
-             ticks     nats{port} sub ticks.done\n  \
-             history   {history}; check it with: {} verify --nats {shown}\n  \
-             stop      Ctrl-C\n",
-            self.even,
-            self.odd,
-            self.multipliers,
-            self.gateways,
-            verify.display(),
-        )
+    fn broker(&self, store: Store) -> Spec {
+        let mut spec = Spec::new("nats".to_owned(), &self.nats_server);
+        spec.is_broker = true;
+        let configuration = store.directory.join("nats-server.conf");
+        spec.command.arg("-c").arg(configuration).arg("-sd").arg(store.directory);
+        spec.command.args(["-p", &self.nats_port.to_string()]);
+        spec.command.args(["-m", &self.monitoring_port().to_string()]);
+        spec.command.stdin(Stdio::from(store.lock));
+        spec
     }
 }

@@ -2,24 +2,36 @@
 
 mod draws;
 
-use std::collections::{HashSet, VecDeque};
-use std::io::Write;
+use std::collections::BTreeSet;
+use std::fmt::{self, Display, Formatter};
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::{Context, anyhow, ensure};
+use async_nats::Client;
 use clap::Args;
 use contract::streams::{DUPLICATE_WINDOW, NUMBERS, TICKS};
 use contract::{Message, Product, Slot, SlotLength, odds};
-use indicatif::{ProgressBar, ProgressStyle};
-use runtime::connection;
-use runtime::history::{self, Entry, MAX_BATCH, ReadError};
+use runtime::history::{self, Entry, MAX_BATCH};
 use runtime::jetstream;
 use runtime::settings::NatsSettings;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::USER;
+use crate::broker;
 use draws::Draws;
+
+/// How many slots in a row without a publication are taken for downtime and left out of the rate. Forty
+/// unpublished ticks in a row come by chance once in 10^19.
+const DOWNTIME_SLOTS: u64 = 40;
+
+/// A replica that lags has no more messages for a moment: how often it is asked, and how long after.
+const MAX_TRIES: u32 = 10;
+const TRY_PAUSE: Duration = Duration::from_millis(200);
+
+/// How far the clock of a multiplier may be ahead of the broker's.
+const CLOCK_SKEW: Duration = Duration::from_secs(60);
 
 /// Read the whole history and check every message, and the draws of the last 20 minutes
 ///
@@ -31,282 +43,227 @@ pub struct Verify {
 
     /// The most faults to print; all are counted
     #[arg(long, env = "EVENODD_MAX_FAULTS", value_name = "N", default_value = "1000")]
-    max_faults: usize,
+    max_faults: u64,
 
     /// The length of a slot in milliseconds; only tests have another one
     #[arg(long, env = "EVENODD_SLOT_MS", value_name = "MS", default_value = "500", hide = true)]
     slot_ms: SlotLength,
 }
 
-/// How long NATS, and the leader of the stream, may take to answer.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// The next messages. A replica that is behind has none for a moment, and is asked again.
-async fn read(
-    client: &async_nats::Client,
-    stream: &'static str,
-    from: u64,
-) -> Result<Vec<Entry>, ReadError> {
-    for _ in 0..10 {
-        let entries = history::read(client, stream, from, MAX_BATCH).await?;
-        if !entries.is_empty() {
-            return Ok(entries);
-        }
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-    Ok(Vec::new())
-}
-
 impl Verify {
     pub async fn run(self) -> anyhow::Result<ExitCode> {
-        let client = connection::connect(&self.nats, USER, "evenodd verify").await?;
-        anyhow::ensure!(
-            connection::wait_until_connected(&client, PATIENCE).await,
-            "NATS is not reachable; give its address with --nats"
-        );
+        let client = broker::connect(&self.nats, "--nats", broker::TIMEOUT).await?;
         let mut check = Check::new(self.slot_ms, self.max_faults);
-        // First the draws: then the history has what they say, or is about to have it.
-        let ticks = jetstream::info(&client, TICKS, PATIENCE).await?.state;
-        let mut next = ticks.first_sequence;
-        while next <= ticks.last_sequence {
-            let entries = read(&client, TICKS, next).await?;
-            entries.iter().for_each(|entry| check.draw(entry));
-            next = entries.last().map_or(ticks.last_sequence, |last| last.sequence) + 1;
-        }
-
-        let last = jetstream::info(&client, NUMBERS, PATIENCE).await?.state.last_sequence;
-        let progress = ProgressBar::new(last);
-        progress.set_style(ProgressStyle::with_template(
-            "{wide_bar} {pos}/{len} messages, {per_sec}, {eta} left",
-        )?);
-        loop {
-            for fault in check.faults.drain(..) {
-                progress.suspend(|| writeln!(std::io::stdout(), "{fault}"))?;
-            }
-            if check.next_sequence > last {
-                break;
-            }
-            let entries = read(&client, NUMBERS, check.next_sequence).await?;
-            if entries.is_empty() {
-                check.hole(last + 1);
-            }
-            entries.iter().filter(|entry| entry.sequence <= last).for_each(|e| check.message(e));
-            progress.set_position(check.next_sequence - 1);
-        }
-        progress.finish_and_clear();
-        check.end();
-        let summary = check.summary();
-        for line in check.faults.drain(..).chain([summary]) {
-            writeln!(std::io::stdout(), "{line}")?;
-        }
-        Ok(if check.fault_count == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        // The draws first: by the time the history is read it has their products, or is about to.
+        check_all(&client, TICKS, &mut check, Check::draw).await?;
+        let last = check_all(&client, NUMBERS, &mut check, Check::message).await?;
+        check.end(last);
+        check.print_faults()?;
+        writeln!(io::stdout(), "{}{}", check.draws, check.counts)?;
+        Ok(if check.counts.faults == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
 
-/// How many slots without a publication are a time in which nothing ran, and are left out of the
-/// rate. Forty unpublished ticks in a row come by chance once in 10^19.
-const DOWNTIME_SLOTS: u64 = 40;
-
-/// How far the clock of a multiplier may be ahead of the broker's.
-const CLOCK_SKEW: Duration = Duration::from_secs(60);
+/// Checks the messages that a stream has now, and returns the sequence of the last one.
+async fn check_all(
+    client: &Client,
+    stream: &'static str,
+    check: &mut Check,
+    check_one: fn(&mut Check, &Entry),
+) -> anyhow::Result<u64> {
+    let state = jetstream::info(client, stream, broker::TIMEOUT).await?.state;
+    let mut next = state.first_sequence;
+    let mut tries = 0;
+    while next <= state.last_sequence && tries < MAX_TRIES {
+        let entries = history::read(client, stream, next, MAX_BATCH).await?;
+        let Some(last) = entries.last() else {
+            tries += 1;
+            tokio::time::sleep(TRY_PAUSE).await;
+            continue;
+        };
+        (next, tries) = (last.sequence + 1, 0);
+        entries.iter().for_each(|entry| check_one(check, entry));
+        check.print_faults()?;
+        broker::show_progress(format_args!(
+            "{stream} {} of {}",
+            last.sequence, state.last_sequence
+        ));
+    }
+    Ok(state.last_sequence)
+}
 
 /// The state of the check between two messages.
 struct Check {
     slot_length: SlotLength,
     draws: Draws,
+    counts: Counts,
+    /// The sequence that the next message of the history must have.
     next_sequence: u64,
-    messages: u64,
-    first_time: Option<OffsetDateTime>,
-    last_time: Option<OffsetDateTime>,
-    newest_slot: Option<Slot>,
-    recent_slots: VecDeque<Slot>,
-    known_slots: HashSet<Slot>,
-    /// The slot after which `slots` are counted, up to the newest.
-    counted_after: Slot,
-    /// Slots between publications, without downtime, and how many of these were published.
-    slots: u64,
-    published: u64,
-    late: u64,
+    /// The latest slots of the history. A slot leaves when no other can come before it any more.
+    window: BTreeSet<Slot>,
     /// Those that are not printed yet.
     faults: Vec<String>,
-    fault_count: usize,
-    max_faults: usize,
+    max_faults: u64,
 }
 
 impl Check {
-    fn new(slot_length: SlotLength, max_faults: usize) -> Self {
+    fn new(slot_length: SlotLength, max_faults: u64) -> Self {
         Self {
             slot_length,
             draws: Draws::new(slot_length),
+            counts: Counts::default(),
             next_sequence: 1,
-            messages: 0,
-            first_time: None,
-            last_time: None,
-            newest_slot: None,
-            recent_slots: VecDeque::new(),
-            known_slots: HashSet::new(),
-            counted_after: Slot(0),
-            slots: 0,
-            published: 0,
-            late: 0,
+            window: BTreeSet::new(),
             faults: Vec::new(),
-            fault_count: 0,
             max_faults,
         }
     }
 
-    /// How many slots back a message may come late: the outbox of one replica may be published when
-    /// another has gone on, until the duplicate window is over.
-    fn late_slots(&self) -> u64 {
-        self.slot_length.slot_at(DUPLICATE_WINDOW).0
-    }
-
-    fn fault(&mut self, sequence: u64, what: impl std::fmt::Display) {
-        self.note(format!("sequence {sequence}: {what}"));
-    }
-
-    fn note(&mut self, fault: String) {
-        self.fault_count += 1;
-        if self.fault_count <= self.max_faults {
-            self.faults.push(fault);
+    fn fault(&mut self, stream: &str, sequence: u64, what: impl Display) {
+        self.counts.faults += 1;
+        if self.counts.faults <= self.max_faults {
+            self.faults.push(format!("{stream} sequence {sequence}: {what}"));
         }
     }
 
+    fn print_faults(&mut self) -> io::Result<()> {
+        self.faults.drain(..).try_for_each(|fault| writeln!(io::stdout(), "{fault}"))
+    }
+
+    /// Checks a message of the stream of draws.
     fn draw(&mut self, entry: &Entry) {
         if let Err(fault) = self.draws.add(entry) {
-            self.note(fault);
+            self.fault(TICKS, entry.sequence, fault);
         }
     }
 
-    /// After all messages.
-    fn end(&mut self) {
-        for fault in self.draws.lost() {
-            self.note(fault);
-        }
-    }
-
-    /// The messages up to `next` are not there.
-    fn hole(&mut self, next: u64) {
-        let (first, last) = (self.next_sequence, next - 1);
-        self.fault(first, format_args!("missing up to sequence {last}"));
-        self.next_sequence = next;
-    }
-
+    /// Checks a message of the history.
     fn message(&mut self, entry: &Entry) {
         if entry.sequence > self.next_sequence {
-            self.hole(entry.sequence);
+            self.missing_up_to(entry.sequence - 1);
         }
         self.next_sequence = entry.sequence + 1;
-        self.messages += 1;
-        self.first_time.get_or_insert(entry.time);
-        if let Some(last) = self.last_time.filter(|&last| entry.time < last) {
-            self.fault(
-                entry.sequence,
-                format_args!(
-                    "its time {} is before that of the message before, {last}",
-                    entry.time
-                ),
-            );
-        }
-        self.last_time = Some(entry.time);
         let slot = entry.message_id.as_deref().and_then(|id| id.parse().ok());
-        match Product::decode(&entry.payload) {
-            Ok(product) if product.is_above_threshold() => {
-                if let Some(Err(fault)) =
-                    slot.map(|slot| self.draws.published(slot, product, entry.time))
-                {
-                    self.fault(entry.sequence, fault);
-                }
-            }
-            Ok(product) => self.fault(
-                entry.sequence,
-                format_args!("{} is not above the threshold", product.value()),
-            ),
-            Err(error) => {
-                let payload = String::from_utf8_lossy(&entry.payload);
-                let payload: String = payload.chars().take(80).collect();
-                self.fault(entry.sequence, format_args!("{error}: {payload:?}"));
-            }
-        }
-        match slot {
-            Some(slot) => self.slot(entry, slot),
-            None => self.fault(
-                entry.sequence,
-                format_args!("its Nats-Msg-Id {:?} is no slot", entry.message_id),
-            ),
+        let results =
+            [self.check_time(entry), self.check_product(entry, slot), self.check_slot(entry, slot)];
+        for fault in results.into_iter().filter_map(Result::err) {
+            self.fault(NUMBERS, entry.sequence, fault);
         }
     }
 
-    fn slot(&mut self, entry: &Entry, slot: Slot) {
-        let sequence = entry.sequence;
-        // A slot that cannot be must not become the one that others are compared with.
-        if self.slot_length.start_of(slot) > entry.since_epoch() + CLOCK_SKEW {
-            let what = format_args!("slot {slot} was not yet when it was stored");
-            return self.fault(sequence, what);
-        }
-        if !self.known_slots.insert(slot) {
-            return self.fault(sequence, format_args!("slot {slot} was published before"));
-        }
-        // A slot further back than this is a fault in any case.
-        self.recent_slots.push_back(slot);
-        if self.recent_slots.len() as u64 > 2 * self.late_slots()
-            && let Some(old) = self.recent_slots.pop_front()
+    fn missing_up_to(&mut self, last: u64) {
+        self.fault(NUMBERS, self.next_sequence, format_args!("missing up to sequence {last}"));
+    }
+
+    fn check_time(&mut self, entry: &Entry) -> anyhow::Result<()> {
+        self.counts.messages += 1;
+        self.counts.first.get_or_insert(entry.time);
+        let before = self.counts.last.replace(entry.time).unwrap_or(entry.time);
+        let time = entry.time;
+        ensure!(time >= before, "its time {time} is before that of the message before, {before}");
+        Ok(())
+    }
+
+    fn check_product(&mut self, entry: &Entry, slot: Option<Slot>) -> anyhow::Result<()> {
+        let product = Product::decode(&entry.payload).map_err(|error| {
+            let payload = String::from_utf8_lossy(&entry.payload);
+            anyhow!("{error}: {:?}", payload.chars().take(80).collect::<String>())
+        })?;
+        ensure!(product.is_above_threshold(), "{} is not above the threshold", product.value());
+        slot.map_or(Ok(()), |slot| self.draws.published(slot, product, entry.time))
+    }
+
+    fn check_slot(&mut self, entry: &Entry, slot: Option<Slot>) -> anyhow::Result<()> {
+        let id = &entry.message_id;
+        let slot = slot.with_context(|| format!("its Nats-Msg-Id {id:?} is no slot"))?;
+        // Others are compared with this slot from here on, so an impossible one must not get there.
+        ensure_begun(slot, self.slot_length, entry)?;
+        // A message may come late by as much: one multiplier may retry it while others go on, until
+        // the duplicate window is over.
+        let late_slots = self.slot_length.slot_at(DUPLICATE_WINDOW).0;
+        let newest = self.window.last().map_or(slot, |&newest| newest.max(slot));
+        let behind = newest.0 - slot.0;
+        ensure!(behind <= late_slots, "slot {slot} is {behind} slots behind slot {newest}");
+        ensure!(self.window.insert(slot), "slot {slot} was published before");
+        self.counts.late += u64::from(behind > 0);
+        while let Some(&oldest) = self.window.first()
+            && newest.0 - oldest.0 > late_slots
         {
-            self.known_slots.remove(&old);
+            self.window.pop_first();
+            self.counts.slot(oldest);
         }
-        let Some(newest) = self.newest_slot else {
-            self.newest_slot = Some(slot);
-            self.counted_after = slot;
-            return;
-        };
-        if slot < newest {
-            let back = newest.0 - slot.0;
-            if back > self.late_slots() {
-                return self.fault(
-                    sequence,
-                    format_args!("slot {slot} is {back} slots behind slot {newest}"),
-                );
-            }
-            self.late += 1;
-            self.published += u64::from(slot > self.counted_after);
-            return;
+        Ok(())
+    }
+
+    /// After all messages; `last` is the sequence of the last one.
+    fn end(&mut self, last: u64) {
+        if self.next_sequence <= last {
+            self.missing_up_to(last);
         }
-        let passed = slot.0 - newest.0;
+        for slot in std::mem::take(&mut self.window) {
+            self.counts.slot(slot);
+        }
+        for (sequence, fault) in self.draws.lost() {
+            self.fault(TICKS, sequence, fault);
+        }
+    }
+}
+
+/// Fails if a slot begins after its message was stored.
+fn ensure_begun(slot: Slot, slot_length: SlotLength, entry: &Entry) -> anyhow::Result<()> {
+    let latest = entry.since_epoch() + CLOCK_SKEW;
+    ensure!(slot_length.start_of(slot) <= latest, "slot {slot} had not begun when it was stored");
+    Ok(())
+}
+
+fn rfc3339(time: OffsetDateTime) -> String {
+    time.format(&Rfc3339).unwrap_or_default()
+}
+
+/// What was counted in the history.
+#[derive(Default)]
+struct Counts {
+    messages: u64,
+    first: Option<OffsetDateTime>,
+    last: Option<OffsetDateTime>,
+    /// Slots, without downtime, and those of them that were published.
+    slots: u64,
+    published: u64,
+    latest_slot: Option<Slot>,
+    late: u64,
+    faults: u64,
+}
+
+impl Counts {
+    /// Counts a published slot, and those before it that were not. Slots come in order.
+    fn slot(&mut self, slot: Slot) {
+        let Some(before) = self.latest_slot.replace(slot) else { return };
+        let passed = slot.0 - before.0;
         if passed <= DOWNTIME_SLOTS {
             self.slots += passed;
             self.published += 1;
-        } else {
-            self.counted_after = slot;
         }
-        self.newest_slot = Some(slot);
     }
+}
 
+impl Display for Counts {
     #[allow(clippy::cast_precision_loss)] // for people
-    fn summary(&self) -> String {
-        let expected = 100.0 * odds::publish_probability();
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let time = |time: Option<OffsetDateTime>| time.map_or("-".to_owned(), rfc3339);
+        let (first, last) = (time(self.first), time(self.last));
+        let Self { messages, slots, published, late, faults, .. } = *self;
+        let (n, p) = (slots.max(1) as f64, odds::publish_probability());
+        let deviations = (published as f64 - n * p) / (n * p * (1.0 - p)).sqrt();
+        let (rate, expected) = (100.0 * published as f64 / n, 100.0 * p);
         let (above, pairs) = odds::published_pairs();
-        let (published, slots) = (self.published as f64, self.slots.max(1) as f64);
-        let rate = 100.0 * published / slots;
-        let p = odds::publish_probability();
-        let deviations = (published - slots * p) / (slots * p * (1.0 - p)).sqrt();
-        let time = |time: Option<OffsetDateTime>| {
-            time.and_then(|t| t.format(&Rfc3339).ok()).unwrap_or_else(|| "-".to_owned())
-        };
-        format!(
-            "messages   {}\n\
-             first      {}\n\
-             last       {}\n\
-             rate       {rate:.2} % of {} slots published; expected {expected:.2} % ({above}/{pairs}), {deviations:+.1} standard deviations\n\
-             late       {} (published after a newer slot, as allowed after an outage)\n\
-             {}\n\
-             faults     {}",
-            self.messages,
-            time(self.first_time),
-            time(self.last_time),
-            self.slots,
-            self.late,
-            self.draws,
-            self.fault_count,
+        write!(
+            f,
+            "messages   {messages}\n\
+             first      {first}\n\
+             last       {last}\n\
+             rate       {rate:.2} % of {slots} slots published; expected {expected:.2} % ({above}/{pairs}), {deviations:+.1} standard deviations\n\
+             late       {late} (published after a later slot, by a retry)\n\
+             faults     {faults}"
         )
     }
 }
@@ -325,6 +282,7 @@ mod tests {
                 payload: payload.to_owned().into(),
             });
         }
+        check.end(check.next_sequence - 1);
         check
     }
 
@@ -333,7 +291,8 @@ mod tests {
     #[test]
     fn a_right_history_has_no_fault() {
         let check = check(&[(1, 1000, RIGHT), (2, 1002, RIGHT), (3, 1003, RIGHT)]);
-        assert_eq!((check.fault_count, check.slots, check.published), (0, 3, 2));
+        let Counts { slots, published, faults, .. } = check.counts;
+        assert_eq!((faults, slots, published), (0, 3, 2));
     }
 
     #[test]
@@ -347,7 +306,7 @@ mod tests {
                 [(1, 5000, RIGHT), (2, 5001, r#"{"number":6,"even":2,"odd":3}"#)],
             ),
             ("sequence 2: not a valid message", [(1, 5000, RIGHT), (2, 5001, "hello")]),
-            ("sequence 2: slot 99999 was not yet", [(1, 5000, RIGHT), (2, 99_999, RIGHT)]),
+            ("sequence 2: slot 99999 had not begun", [(1, 5000, RIGHT), (2, 99_999, RIGHT)]),
             (
                 "1001 is not an odd number",
                 [(1, 5000, RIGHT), (2, 5001, r#"{"number":2002,"even":2,"odd":1001}"#)],
@@ -358,7 +317,7 @@ mod tests {
             ),
         ] {
             let check = check(&messages);
-            assert_eq!(check.fault_count, 1, "{:?}", check.faults);
+            assert_eq!(check.counts.faults, 1, "{:?}", check.faults);
             assert!(check.faults[0].contains(what), "{:?}", check.faults);
         }
     }
@@ -372,7 +331,7 @@ mod tests {
             message_id: None,
             payload: RIGHT.into(),
         });
-        assert_eq!(check.fault_count, 2, "{:?}", check.faults);
+        assert_eq!(check.counts.faults, 2, "{:?}", check.faults);
         assert!(check.faults[0].contains("before that of the message before"));
         assert!(check.faults[1].contains("Nats-Msg-Id None is no slot"));
     }
@@ -380,14 +339,15 @@ mod tests {
     #[test]
     fn a_late_slot_is_counted_and_no_fault() {
         let check = check(&[(1, 5000, RIGHT), (2, 5003, RIGHT), (3, 5001, RIGHT)]);
-        assert_eq!((check.fault_count, check.late), (0, 1));
-        assert_eq!((check.slots, check.published), (3, 2));
+        let Counts { slots, published, late, faults, .. } = check.counts;
+        assert_eq!((faults, late, slots, published), (0, 1, 3, 2));
     }
 
     #[test]
     fn a_time_without_ticks_is_left_out_of_the_rate() {
         let check =
             check(&[(1, 5000, RIGHT), (2, 5001, RIGHT), (3, 9000, RIGHT), (4, 8999, RIGHT)]);
-        assert_eq!((check.slots, check.published), (1, 1));
+        // From 5000 to 5001 and from 8999 to 9000.
+        assert_eq!((check.counts.slots, check.counts.published), (2, 2));
     }
 }

@@ -83,6 +83,7 @@ async fn keys_that_cannot_be_made_are_told() {
             "evens is neither a user (even, odd, multiplier, gateway, operator)",
         ),
         (["--servers", "a/b"], "\"a/b\" is no host name"),
+        (["--servers", "nats-1,ca"], "ca.pem and ca.key are the files of the authority"),
         (["--directory", "/proc/keys"], "cannot make /proc/keys"),
     ] {
         let args = [&["keys"][..], &args].concat();

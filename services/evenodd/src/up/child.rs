@@ -1,181 +1,149 @@
 //! Child processes: started, their output prefixed, started again when they die, stopped.
 
-use std::fs::File;
-use std::io::Write;
-use std::path::PathBuf;
+use std::io::{self, Write};
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
+use std::sync::LazyLock;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
-use tokio::process::{Child, Command};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{ChildStderr, Command};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-/// How long a service may take to finish.
-pub const DRAIN: Duration = Duration::from_secs(5);
 /// How long a child may take to stop before it is killed.
-const GRACE: Duration = Duration::from_secs(8);
-/// A child that lived this long is started again at once when it dies.
-const HEALTHY: Duration = Duration::from_secs(5);
-/// The pause before a child that dies again and again is started, doubling up to the last.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LAST_PAUSE: Duration = Duration::from_secs(5);
+pub const STOP_TIMEOUT: Duration = Duration::from_secs(8);
+/// The least time between two starts of a child: one that dies after that is started again at once.
+const RESTART_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What to start.
-#[derive(Clone, Debug, Default)]
+/// What to start, and to start again whenever it ends.
 pub struct Spec {
     /// The prefix of its output.
     pub label: String,
-    pub program: PathBuf,
-    pub args: Vec<String>,
-    /// Lines of output that hold this are not shown.
-    pub hide: Option<&'static str>,
-    /// Held open by the child, as its standard input.
-    pub holds: Option<Arc<File>>,
-    /// `EVENODD_NATS`: not an argument, because anybody can read those and it may hold a password.
-    pub servers: Option<String>,
+    pub command: Command,
+    /// Of the broker's output only warnings and errors are shown, and its status 2 is a crash.
+    pub is_broker: bool,
 }
 
-/// A group of children that are stopped together.
+impl Spec {
+    pub fn new(label: String, program: &Path) -> Self {
+        let mut command = Command::new(program);
+        command
+            // Every child would get the same address.
+            .env_remove("EVENODD_HEALTH")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            // All of them log here.
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            // Ctrl-C on the terminal must not reach the children: they are stopped in order.
+            .process_group(0);
+        #[cfg(target_os = "linux")]
+        // SAFETY: prctl is a plain system call, safe between fork and exec.
+        #[allow(unsafe_code)]
+        unsafe {
+            // If `up` itself is killed, its children stop too, and leave the store clean.
+            command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?));
+        }
+        Self { label, command, is_broker: false }
+    }
+}
+
+/// The children in stages: the stage that was started last is stopped first.
+#[derive(Default)]
 pub struct Children {
-    tasks: JoinSet<()>,
-    stop: CancellationToken,
+    stages: Vec<(JoinSet<()>, CancellationToken)>,
+    /// Cancelled when a service refuses its settings.
+    pub refused: CancellationToken,
 }
 
 impl Children {
-    /// `refused` is cancelled when one of them does not take its settings.
-    pub fn start(specs: Vec<Spec>, refused: &CancellationToken) -> Self {
+    /// Starts another stage.
+    pub fn start(&mut self, specs: impl IntoIterator<Item = Spec>) {
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
         for spec in specs {
-            tasks.spawn(keep_running(spec, stop.clone(), refused.clone()));
+            tasks.spawn(keep_running(spec, stop.clone(), self.refused.clone()));
         }
-        Self { tasks, stop }
+        self.stages.push((tasks, stop));
     }
 
-    /// Stops them, and waits until all are gone.
+    /// Stops one stage after the other, and waits until all children are gone.
     pub async fn stop(self) {
-        self.stop.cancel();
-        self.tasks.join_all().await;
+        for (tasks, stop) in self.stages.into_iter().rev() {
+            stop.cancel();
+            tasks.join_all().await;
+        }
     }
 }
 
-async fn keep_running(spec: Spec, stop: CancellationToken, refused: CancellationToken) {
-    let mut pause = Duration::ZERO;
+async fn keep_running(mut spec: Spec, stop: CancellationToken, refused: CancellationToken) {
     while !stop.is_cancelled() {
-        let started = Instant::now();
-        match spawn(&spec) {
-            Ok(child) => {
-                let status = run(&spec, child, &stop).await;
-                // A service has said what is wrong; it would say the same again for ever.
-                let refuses = spec.servers.is_some() && status.and_then(|s| s.code()) == Some(2);
-                if refuses {
-                    refused.cancel();
-                    return;
-                }
-                if let Some(status) = status {
-                    warn!("{} ended with {status}; starting it again", spec.label);
-                }
-            }
-            Err(error) => warn!("{}: cannot start {}: {error}", spec.label, spec.program.display()),
+        let restart = Instant::now() + RESTART_INTERVAL;
+        let result = run(&mut spec, &stop).await;
+        let label = &spec.label;
+        match result {
+            Ok(status) if status.success() && stop.is_cancelled() => {}
+            Ok(status) if stop.is_cancelled() => warn!("{label} stopped with {status}"),
+            // The service has said what is wrong, and would say the same for ever.
+            Ok(status) if status.code() == Some(2) && !spec.is_broker => return refused.cancel(),
+            Ok(status) => warn!("{label} ended with {status}; starting it again"),
+            Err(error) => warn!("cannot start {label}: {error}"),
         }
-        if started.elapsed() >= HEALTHY {
-            pause = Duration::ZERO;
-        }
-        // Nothing waits here when all is well: the first restart is immediate.
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            () = stop.cancelled() => {}
-        }
-        pause = (pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
+        stop.run_until_cancelled(tokio::time::sleep_until(restart)).await;
     }
 }
 
-/// Runs a child until it dies, and says how; or is told to stop and has stopped.
-async fn run(spec: &Spec, mut child: Child, stop: &CancellationToken) -> Option<ExitStatus> {
-    let output = [
-        child.stdout.take().map(|out| tokio::spawn(print(spec.clone(), out))),
-        child.stderr.take().map(|err| tokio::spawn(print(spec.clone(), err))),
-    ];
-    let mut died = None;
-    tokio::select! {
-        status = child.wait() => died = status.ok(),
-        () = stop.cancelled() => {
-            if let Some(pid) = child.id() {
-                // It may have ended by itself in this moment.
-                let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
-            }
-            match tokio::time::timeout(GRACE, child.wait()).await {
-                Ok(Ok(status)) if !status.success() => warn!("{} stopped with {status}", spec.label),
-                Ok(_) => {}
-                Err(_) => {
-                    warn!("{} did not stop within {} s: killing it", spec.label, GRACE.as_secs());
-                    let _ = child.kill().await;
-                }
-            }
+/// Runs a child until it ends by itself or has been stopped.
+async fn run(spec: &mut Spec, stop: &CancellationToken) -> io::Result<ExitStatus> {
+    let mut child = spec.command.spawn()?;
+    let output = print(spec, child.stderr.take());
+    let end = async {
+        if let Some(status) = stop.run_until_cancelled(child.wait()).await {
+            return status;
         }
-    }
-    for printing in output.into_iter().flatten() {
-        let _ = printing.await;
-    }
-    died
+        if let Some(pid) = child.id() {
+            // It may have ended by itself in this moment.
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
+        }
+        if let Ok(status) = tokio::time::timeout(STOP_TIMEOUT, child.wait()).await {
+            return status;
+        }
+        warn!("{} did not stop within {} s: killing it", spec.label, STOP_TIMEOUT.as_secs());
+        child.kill().await?;
+        child.wait().await
+    };
+    let (status, ()) = tokio::join!(end, output);
+    status
 }
 
-async fn print(spec: Spec, output: impl AsyncRead + Unpin) {
+async fn print(spec: &Spec, output: Option<ChildStderr>) {
+    let Some(output) = output else { return };
     let mut lines = BufReader::new(output).lines();
     while let Ok(Some(line)) = lines.next_line().await {
-        if spec.hide.is_none_or(|hidden| !line.contains(hidden)) {
+        if !(spec.is_broker && line.contains("[INF]")) {
             print_line(format!("{:<12} | {line}", spec.label));
         }
     }
 }
 
-/// How many lines wait to be printed; further ones are dropped. Where nobody reads, neither this
-/// process nor its children must wait.
-const LINES: usize = 4096;
-
-/// Prints a line, at some time and if somebody reads.
+/// Queues a line for printing; drops it when the queue is full. So neither this process nor its
+/// children wait for a reader of the output.
 pub fn print_line(line: String) {
+    const QUEUE: usize = 4096;
     static PRINTER: LazyLock<SyncSender<String>> = LazyLock::new(|| {
-        let (lines, waiting) = sync_channel::<String>(LINES);
+        let (sender, lines) = sync_channel::<String>(QUEUE);
         std::thread::spawn(move || {
-            for line in waiting {
-                let _ = writeln!(std::io::stdout(), "{line}");
+            for line in lines {
+                let _ = writeln!(io::stdout(), "{line}");
             }
         });
-        lines
+        sender
     });
     let _ = PRINTER.try_send(line);
-}
-
-fn spawn(spec: &Spec) -> std::io::Result<Child> {
-    let mut command = Command::new(&spec.program);
-    command
-        .args(&spec.args)
-        // One address cannot be that of all of them.
-        .env_remove("EVENODD_HEALTH")
-        .envs(spec.servers.as_ref().map(|servers| ("EVENODD_NATS", servers)))
-        .stdin(match &spec.holds {
-            Some(file) => Stdio::from(file.try_clone()?),
-            None => Stdio::null(),
-        })
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        // Ctrl-C on the terminal must not reach the children: they are stopped in order.
-        .process_group(0);
-    #[cfg(target_os = "linux")]
-    // SAFETY: prctl is a plain system call, safe between fork and exec.
-    #[allow(unsafe_code)]
-    unsafe {
-        // If `up` itself is killed, its children stop too, and leave the store clean.
-        command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?));
-    }
-    command.spawn()
 }

@@ -1,72 +1,64 @@
-//! What must be so before anything starts. Every fault is reported, not only the first.
+//! What `up` needs before it starts anything. Every fault is reported, not only the first.
 
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use tokio::process::Command;
 
-use super::{NATS_CONFIGURATION, Up};
+use super::Up;
+
+/// The broker's configuration; ports and directories come from its command line.
+const NATS_CONFIGURATION: &str = include_str!("../../../../nats/single.conf");
 
 /// The oldest nats-server that is accepted; the same as in nats/install.
-const MINIMUM: (u32, u32) = (2, 12);
+const MINIMUM: [u32; 2] = [2, 12];
 
-/// What the checks found, and hold.
-pub struct Ready {
-    /// Where the service binaries are: beside this one.
-    pub binaries: PathBuf,
-    /// The data directory, absolute.
-    pub data: PathBuf,
-    /// The lock on the data directory. The broker holds it as well: should this process be
-    /// killed, the store is locked until the broker has gone.
-    pub lock: Option<Arc<File>>,
+/// A data directory with the broker's configuration in it.
+pub struct Store {
+    /// The absolute path.
+    pub directory: PathBuf,
+    /// The lock on the directory. The broker inherits it: if this process is killed, the directory
+    /// stays locked until the broker has gone.
+    pub lock: File,
 }
 
-/// Checks everything that `up` needs.
+/// Checks what `up` needs, and opens the store if it starts the broker.
 ///
 /// # Errors
-/// Every fault that was found.
-pub async fn check(up: &Up) -> Result<Ready, Vec<String>> {
+/// Every fault that was found, one a line.
+pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<Option<Store>> {
     let mut faults = Vec::new();
-    let mut note = |result: anyhow::Result<()>| {
-        if let Err(fault) = result {
-            faults.push(format!("{fault:#}"));
-        }
-    };
-    let mut ready = Ready { binaries: PathBuf::new(), data: up.data.clone(), lock: None };
-    note(binaries().map(|path| ready.binaries = path));
-    // Held until all are checked, so that a port that is wanted twice is found as well.
-    let mut held = Vec::new();
-    let mut is_free = |address, flag| listen(address, flag).map(|socket| held.push(socket));
-    for n in 0..up.gateways {
-        note(is_free(up.http(n), "--http"));
+    for program in ["generator", "multiplier", "gateway"] {
+        note(&mut faults, is_built(&evenodd.with_file_name(program)));
     }
+    // Held until all are checked, so that a port that is wanted twice is found as well.
+    let mut listeners = Vec::new();
+    for n in 0..up.gateways {
+        listeners.push(note(&mut faults, listen(up.http(n), "--http")));
+    }
+    let mut store = None;
     if up.nats.is_none() {
         for port in [up.nats_port, up.monitoring_port()] {
-            note(is_free(([127, 0, 0, 1], port).into(), "--nats-port"));
+            let address = ([127, 0, 0, 1], port).into();
+            listeners.push(note(&mut faults, listen(address, "--nats-port")));
         }
-        note(is_new_enough(&up.nats_server).await);
-        note(store(&up.data).map(|(data, lock)| {
-            ready.data = data;
-            ready.lock = Some(Arc::new(lock));
-        }));
+        note(&mut faults, is_new_enough(&up.nats_server).await);
+        store = note(&mut faults, open_store(&up.data));
     }
-    if faults.is_empty() { Ok(ready) } else { Err(faults) }
+    ensure!(faults.is_empty(), faults.join("\nerror: "));
+    Ok(store)
 }
 
-fn binaries() -> anyhow::Result<PathBuf> {
-    let this = std::env::current_exe().context("cannot find this program's own file")?;
-    let directory = this.parent().unwrap_or(Path::new(".")).to_owned();
-    for binary in ["generator", "multiplier", "gateway"] {
-        ensure!(
-            directory.join(binary).is_file(),
-            "the program {binary} is not in {}; build everything with `cargo build --workspace`",
-            directory.display()
-        );
-    }
-    Ok(directory)
+fn note<T>(faults: &mut Vec<String>, result: anyhow::Result<T>) -> Option<T> {
+    result.map_err(|fault| faults.push(format!("{fault:#}"))).ok()
+}
+
+fn is_built(program: &Path) -> anyhow::Result<()> {
+    let shown = program.display();
+    ensure!(program.is_file(), "there is no {shown}; `cargo build --workspace` builds everything");
+    Ok(())
 }
 
 fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
@@ -81,35 +73,28 @@ async fn is_new_enough(nats_server: &Path) -> anyhow::Result<()> {
     })?;
     let text = String::from_utf8_lossy(&output.stdout);
     let version = text.trim().trim_start_matches("nats-server: v");
-    let mut parts = version.split('.').map(|part| part.parse::<u32>().ok());
-    match (parts.next().flatten(), parts.next().flatten()) {
-        (Some(major), Some(minor)) if (major, minor) >= MINIMUM => Ok(()),
-        (Some(_), Some(_)) => bail!(
-            "{shown} is version {version}; {}.{} or newer is needed, `nats/install` gets one",
-            MINIMUM.0,
-            MINIMUM.1
-        ),
-        _ => bail!("{shown} is no nats-server: `--version` prints {:?}", text.trim()),
-    }
+    let numbers: Vec<u32> = version.split('.').map_while(|part| part.parse().ok()).collect();
+    let [major, minor] = MINIMUM;
+    ensure!(
+        numbers[..] >= MINIMUM[..],
+        "{shown} is version {version}; nats-server {major}.{minor} or newer is needed, `nats/install` gets one"
+    );
+    Ok(())
 }
 
 /// Makes the data directory, locks it, and writes the broker's configuration into it.
-fn store(data: &Path) -> anyhow::Result<(PathBuf, File)> {
+fn open_store(data: &Path) -> anyhow::Result<Store> {
     let shown = data.display();
     fs::create_dir_all(data).with_context(|| format!("cannot make the data directory {shown}"))?;
-    let data = data.canonicalize().with_context(|| format!("data directory {shown}"))?;
-    let lock = File::create(data.join("lock"))
-        .with_context(|| format!("cannot write to the data directory {shown}"))?;
-    match lock.try_lock() {
-        Ok(()) => {}
-        Err(fs::TryLockError::WouldBlock) => bail!(
-            "the data directory {shown} is in use by another `evenodd up`; stop that one or choose another with --data"
-        ),
-        Err(fs::TryLockError::Error(error)) => {
-            return Err(error).with_context(|| format!("cannot lock {shown}/lock"));
-        }
-    }
-    fs::write(data.join("nats-server.conf"), NATS_CONFIGURATION)
-        .with_context(|| format!("cannot write to the data directory {shown}"))?;
-    Ok((data, lock))
+    let directory = data.canonicalize().with_context(|| format!("data directory {shown}"))?;
+    let written = || format!("cannot write to the data directory {shown}");
+    let lock = File::create(directory.join("lock")).with_context(written)?;
+    lock.try_lock().with_context(|| {
+        format!(
+            "cannot lock the data directory {shown}: if another `evenodd up` uses it, stop that one \
+             or choose another with --data"
+        )
+    })?;
+    fs::write(directory.join("nats-server.conf"), NATS_CONFIGURATION).with_context(written)?;
+    Ok(Store { directory, lock })
 }

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter};
 
+use anyhow::{bail, ensure};
 use contract::streams::DUPLICATE_WINDOW;
 use contract::{Draw, Message, Product, Slot, SlotLength};
 use runtime::history::Entry;
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
-use super::CLOCK_SKEW;
+use super::{ensure_begun, rfc3339};
 
 /// The draw of each slot.
 pub struct Draws {
@@ -17,8 +17,6 @@ pub struct Draws {
     kept: BTreeMap<Slot, Kept>,
     /// When the first and the last of them were stored.
     times: Option<(OffsetDateTime, OffsetDateTime)>,
-    /// How many products are not in the history yet, and may still come.
-    due: usize,
 }
 
 struct Kept {
@@ -30,94 +28,83 @@ struct Kept {
 
 impl Draws {
     pub fn new(slot_length: SlotLength) -> Self {
-        Self { slot_length, kept: BTreeMap::new(), times: None, due: 0 }
+        Self { slot_length, kept: BTreeMap::new(), times: None }
     }
 
-    /// A stored draw.
+    /// Adds a stored draw.
     ///
     /// # Errors
-    /// What is wrong with it.
-    pub fn add(&mut self, entry: &Entry) -> Result<(), String> {
-        let fault = |what: String| Err(format!("TICKS sequence {}: {what}", entry.sequence));
-        let draw = match Draw::decode(&entry.payload) {
-            Ok(draw) if entry.message_id == Some(draw.slot.to_string()) => draw,
-            Ok(draw) => {
-                return fault(format!("slot {} has the id {:?}", draw.slot, entry.message_id));
-            }
-            Err(error) => return fault(error.to_string()),
-        };
-        let slot = draw.slot;
-        if self.slot_length.start_of(slot) > entry.since_epoch() + CLOCK_SKEW {
-            return fault(format!("slot {slot} was not yet when it was stored"));
-        }
+    /// What is wrong with it; it is not added then.
+    pub fn add(&mut self, entry: &Entry) -> anyhow::Result<()> {
+        let draw = Draw::decode(&entry.payload)?;
+        let (slot, time) = (draw.slot, entry.time);
+        let id = &entry.message_id;
+        ensure!(*id == Some(slot.to_string()), "slot {slot} has the id {id:?}");
+        ensure_begun(slot, self.slot_length, entry)?;
         if let Some(first) = self.kept.get(&slot) {
-            return fault(format!("slot {slot} was drawn at sequence {}", first.sequence));
+            bail!("slot {slot} was drawn at sequence {}", first.sequence);
         }
-        let (sequence, time, due) = (entry.sequence, entry.time, draw.due());
-        self.kept.insert(slot, Kept { sequence, time, due, is_published: false });
+        let kept = Kept { sequence: entry.sequence, time, due: draw.due(), is_published: false };
+        self.kept.insert(slot, kept);
         self.times = Some((self.times.map_or(time, |(first, _)| first), time));
         Ok(())
     }
 
-    /// A number in the history, and when it was stored.
+    /// Notes a product in the history, and when it was stored.
     ///
     /// # Errors
-    /// If it is not that of its slot's draw.
+    /// If it is not the product of its slot's draw.
     pub fn published(
         &mut self,
         slot: Slot,
         product: Product,
         time: OffsetDateTime,
-    ) -> Result<(), String> {
-        let Some(kept) = self.kept.get_mut(&slot) else {
+    ) -> anyhow::Result<()> {
+        if let Some(kept) = self.kept.get_mut(&slot) {
+            kept.is_published = true;
+            let due = kept.due.map_or("nothing".to_owned(), |due| due.value().to_string());
+            let number = product.value();
+            ensure!(kept.due == Some(product), "slot {slot} has drawn {due}, not {number}");
+        } else if let Some((first, last)) = self.times {
             // Its draw may be older than those that are kept, or newer than those that were read.
-            let must_be_here = |(first, last)| time > first + DUPLICATE_WINDOW && time <= last;
-            return match self.times.is_some_and(must_be_here) {
-                true => Err(format!("slot {slot} has no draw")),
-                false => Ok(()),
-            };
-        };
-        kept.is_published = true;
-        if kept.due == Some(product) {
-            return Ok(());
+            let must_be_here = first + DUPLICATE_WINDOW < time && time <= last;
+            ensure!(!must_be_here, "slot {slot} has no draw");
         }
-        let due = kept.due.map_or("nothing".to_owned(), |due| due.value().to_string());
-        Err(format!("slot {slot} has drawn {due}, not {}", product.value()))
+        Ok(())
     }
 
-    /// After the whole history: what is missing in it, and can no longer come.
-    pub fn lost(&mut self) -> Vec<String> {
-        let now = self.times.map_or(OffsetDateTime::UNIX_EPOCH, |(_, last)| last);
-        let missing = self.kept.iter().filter(|(_, kept)| kept.due.is_some() && !kept.is_published);
-        let (lost, due): (Vec<_>, Vec<_>) =
-            missing.partition(|(_, kept)| now - kept.time > DUPLICATE_WINDOW);
-        self.due = due.len();
-        let lost = lost.iter().map(|(slot, kept)| {
-            let sequence = kept.sequence;
-            format!("TICKS sequence {sequence}: the number of slot {slot} is not in the history")
-        });
-        lost.collect()
+    /// After the whole history: the draws whose product is missing there and can no longer come,
+    /// each with its sequence.
+    pub fn lost(&self) -> Vec<(u64, String)> {
+        let lost = self.missing().filter(|(_, kept)| !self.may_come(kept));
+        let fault = |slot| format!("the product of slot {slot} is not in the history");
+        lost.map(|(slot, kept)| (kept.sequence, fault(slot))).collect()
+    }
+
+    /// The draws whose product is not in the history.
+    fn missing(&self) -> impl Iterator<Item = (&Slot, &Kept)> {
+        self.kept.iter().filter(|(_, kept)| kept.due.is_some() && !kept.is_published)
+    }
+
+    /// Whether a multiplier may still retry the publication.
+    fn may_come(&self, kept: &Kept) -> bool {
+        self.times.is_some_and(|(_, last)| last - kept.time <= DUPLICATE_WINDOW)
     }
 }
 
 impl Display for Draws {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let slots: Vec<_> = self.kept.keys().collect();
-        let gaps = || slots.windows(2).map(|pair| (pair[0], pair[1].0 - pair[0].0 - 1));
-        let pauses: Vec<_> = gaps().filter(|(_, missing)| *missing > 0).collect();
-        let missing: u64 = pauses.iter().map(|(_, missing)| missing).sum();
-        let (draws, count) = (slots.len(), pauses.len());
-        writeln!(f, "draws      {draws} in the last 20 minutes")?;
-        write!(f, "pauses     {count} ({missing} slots without a draw)")?;
-        for (slot, missing) in pauses {
-            let from = OffsetDateTime::UNIX_EPOCH + self.slot_length.start_of(slot.next());
-            let from = from.format(&Rfc3339).unwrap_or_default();
-            write!(f, "\n           {missing} slots from {from}")?;
+        writeln!(f, "draws      {} in the last 20 minutes", self.kept.len())?;
+        for (before, after) in self.kept.keys().zip(self.kept.keys().skip(1)) {
+            let missing = after.0 - before.0 - 1;
+            if missing > 0 {
+                let start = self.slot_length.start_of(before.next());
+                let start = rfc3339(OffsetDateTime::UNIX_EPOCH + start);
+                writeln!(f, "pause      {missing} slots without a draw from {start}")?;
+            }
         }
-        match self.due {
-            0 => Ok(()),
-            due => write!(f, "\ndue        {due} (drawn, and not in the history yet)"),
-        }
+        let due = self.missing().filter(|(_, kept)| self.may_come(kept)).count();
+        writeln!(f, "due        {due} (drawn, and not in the history yet)")
     }
 }
 
@@ -125,6 +112,10 @@ impl Display for Draws {
 mod tests {
     use super::*;
     use std::time::Duration;
+
+    fn fault(result: anyhow::Result<()>) -> String {
+        result.unwrap_err().to_string()
+    }
 
     const AT: OffsetDateTime = OffsetDateTime::UNIX_EPOCH;
 
@@ -142,18 +133,16 @@ mod tests {
             draws.add(&entry(sequence, slot, even, &slot.to_string())).unwrap();
         }
         let product = Product::new(846, 511).unwrap();
-        assert_eq!(draws.published(Slot(10), product, AT), Ok(()));
+        draws.published(Slot(10), product, AT).unwrap();
         // Older than all draws that are left.
-        assert_eq!(draws.published(Slot(1), product, AT), Ok(()));
-        let fault = |result: Result<(), String>| result.unwrap_err();
+        draws.published(Slot(1), product, AT).unwrap();
         assert!(fault(draws.published(Slot(11), product, AT)).contains("drawn nothing"));
         let other = Product::new(848, 511).unwrap();
-        assert_eq!(draws.lost(), Vec::<String>::new());
+        assert_eq!(draws.lost(), []);
         let text = draws.to_string();
         for line in [
             "draws      3 in",
-            "pauses     1 (2 slots",
-            "2 slots from 1970-01-01T00:00:06Z",
+            "pause      2 slots without a draw from 1970-01-01T00:00:06Z",
             "due        1 (",
         ] {
             assert!(text.contains(line), "{line}: {text}");
@@ -161,9 +150,7 @@ mod tests {
         // Ten minutes later nobody may publish it any more.
         let later = AT + DUPLICATE_WINDOW + Duration::from_secs(1);
         draws.add(&Entry { time: later, ..entry(4, 15, 2, "15") }).unwrap();
-        let lost = draws.lost();
-        assert!(lost.len() == 1, "{lost:?}");
-        assert!(lost[0].contains("sequence 3: the number of slot 14"), "{lost:?}");
+        assert_eq!(draws.lost(), [(3, "the product of slot 14 is not in the history".to_owned())]);
         assert!(fault(draws.published(Slot(14), other, AT)).contains("432306, not 433328"));
         assert!(fault(draws.published(Slot(13), product, later)).contains("slot 13 has no draw"));
     }
@@ -172,11 +159,10 @@ mod tests {
     fn a_draw_that_is_not_one_is_a_fault() {
         let mut draws = Draws::new(SlotLength::DEFAULT);
         draws.add(&entry(1, 10, 846, "10")).unwrap();
-        let fault = |result: Result<(), String>| result.unwrap_err();
         assert!(fault(draws.add(&entry(2, 10, 846, "10"))).contains("drawn at sequence 1"));
         assert!(fault(draws.add(&entry(3, 11, 846, "10"))).contains("slot 11 has the id"));
         let other = Entry { payload: "{}".into(), ..entry(4, 12, 846, "12") };
-        assert!(fault(draws.add(&other)).contains("TICKS sequence 4: not a valid message"));
-        assert!(fault(draws.add(&entry(5, 9999, 846, "9999"))).contains("was not yet"));
+        assert!(fault(draws.add(&other)).contains("not a valid message"));
+        assert!(fault(draws.add(&entry(5, 9999, 846, "9999"))).contains("had not begun"));
     }
 }
