@@ -9,7 +9,6 @@ use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::Context;
-use async_nats::ServerAddr;
 use clap::Args;
 use runtime::settings::NatsSettings;
 use runtime::telemetry::{LogFormat, LogSettings};
@@ -28,22 +27,7 @@ const START_TIMEOUT: Duration = Duration::from_mins(2);
 /// Starts a broker and every service as a process of its own, restarts what dies, and stops everything in order on Ctrl-C. The history stays in the data directory.
 #[derive(Args, Clone, Debug)]
 pub struct Up {
-    /// Use this broker instead of starting one
-    #[arg(
-        long,
-        env = "EVENODD_NATS",
-        value_name = "URL",
-        value_delimiter = ',',
-        hide_env_values = true, // it may hold a password
-        value_parser = runtime::settings::server,
-        conflicts_with = "nats_port"
-    )]
-    nats: Option<Vec<ServerAddr>>,
-
-    #[command(flatten)]
-    credentials: Credentials,
-
-    /// The port of the broker that is started, on 127.0.0.1; its monitoring gets this port + 4000
+    /// The port of the broker, on 127.0.0.1; its monitoring gets this port + 4000
     #[arg(long, env = "EVENODD_NATS_PORT", value_name = "PORT", default_value = "4222", value_parser = clap::value_parser!(u16).range(1..=61535))]
     nats_port: u16,
 
@@ -102,39 +86,31 @@ impl Up {
     async fn run_children(
         &self,
         evenodd: &Path,
-        store: Option<Store>,
+        store: Store,
         log: &LogSettings,
         children: &mut Children,
     ) -> anyhow::Result<ExitCode> {
         // In this order, so that what is needed is stopped after those that need it.
-        if let Some(store) = store {
-            children.start([self.broker(store)]);
-            // A client that connects before the broker listens would only complain.
-            while TcpStream::connect(("127.0.0.1", self.nats_port)).await.is_err() {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
+        children.start([self.broker(store)]);
+        // A client that connects before the broker listens would only complain.
+        while TcpStream::connect(("127.0.0.1", self.nats_port)).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        let servers = match &self.nats {
-            Some(servers) => servers.clone(),
-            None => vec![format!("nats://127.0.0.1:{}", self.nats_port).parse()?],
-        };
-        let nats = NatsSettings { nats: servers.clone(), credentials: self.credentials.clone() };
+        let url = format!("nats://127.0.0.1:{}", self.nats_port);
+        let nats = NatsSettings { nats: vec![url.parse()?], credentials: Credentials::default() };
         let provision = Provision { nats, replicas: 1, wait_ms: START_TIMEOUT };
         provision.run().await.context("cannot provision the streams")?;
 
-        let urls: Vec<_> = servers.iter().map(ServerAddr::as_url_str).collect();
         let service = |label, program, n, args: &[&str]| {
             let label = format!("{label}-{}", n + 1);
             let mut spec = Spec::new(label, &evenodd.with_file_name(program));
-            spec.command.args(args).args(self.credentials.to_args());
+            spec.command.args(args).args(["--nats", &url]);
             if let Some(filter) = &log.log {
                 spec.command.args(["--log", filter]);
             }
             if log.log_format == LogFormat::Json {
                 spec.command.args(["--log-format", "json"]);
             }
-            // Not an argument, because anybody can read those and a URL may hold a password.
-            spec.command.env("EVENODD_NATS", urls.join(","));
             spec
         };
         let gateways = (0..self.gateways)
@@ -144,11 +120,8 @@ impl Up {
         let odd = (0..self.odd).map(|n| service("odd", "generator", n, &["--parity", "odd"]));
         children.start(even.chain(odd));
         children.start((0..self.multipliers).map(|n| service("multiplier", "multiplier", n, &[])));
-        // Without the password that the URL may hold.
-        let (host, port) = (servers[0].host(), servers[0].port());
         child::print_line(format!(
-            "\nEvenodd is running: http://{}/ has the numbers, nats://{host}:{port} the live feed. \
-             Ctrl-C stops it.\n",
+            "\nEvenodd is running: http://{}/ has the numbers, {url} the live feed. Ctrl-C stops it.\n",
             self.http
         ));
 

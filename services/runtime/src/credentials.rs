@@ -1,6 +1,5 @@
 //! Who a process is to the broker, and how it knows that the broker is the right one.
 
-use std::fmt::{self, Debug, Formatter};
 use std::path::{Path, PathBuf};
 
 use async_nats::ConnectOptions;
@@ -15,7 +14,7 @@ use nkeys::{KeyPair, KeyPairType};
 pub struct Credentials {
     /// The file with the seed of this user's nkey, as `evenodd keys` or `nsc` makes it
     #[arg(long, env = "EVENODD_NKEY", value_name = "FILE", value_parser = nkey)]
-    nkey: Option<Nkey>,
+    nkey: Option<KeyPair>,
 
     /// Insist on TLS, with a certificate that this authority has signed: a file in PEM
     #[arg(long, env = "EVENODD_TLS_CA", value_name = "FILE", value_parser = authority)]
@@ -25,45 +24,21 @@ pub struct Credentials {
 impl Credentials {
     /// Adds them to the options of a connection.
     pub(crate) fn apply(&self, mut options: ConnectOptions) -> ConnectOptions {
-        if let Some(nkey) = &self.nkey {
-            options = options.nkey(nkey.seed.clone());
+        // A key that was made of a seed has one.
+        if let Some(seed) = self.nkey.as_ref().and_then(|nkey| nkey.seed().ok()) {
+            options = options.nkey(seed);
         }
         if let Some(file) = &self.tls_ca {
             options = options.require_tls(true).add_root_certificates(file.clone());
         }
         options
     }
-
-    /// As arguments for another process.
-    #[must_use]
-    pub fn to_args(&self) -> Vec<String> {
-        let nkey = self.nkey.as_ref().map(|nkey| ("--nkey", &nkey.file));
-        let tls_ca = self.tls_ca.as_ref().map(|file| ("--tls-ca", file));
-        let both = [nkey, tls_ca].into_iter().flatten();
-        both.flat_map(|(flag, file)| [flag.to_owned(), file.display().to_string()]).collect()
-    }
 }
 
-/// The seed of an nkey, which is never printed, and the file it came from.
-#[derive(Clone)]
-struct Nkey {
-    seed: String,
-    file: PathBuf,
-}
-
-impl Debug for Nkey {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "Nkey({})", self.file.display())
-    }
-}
-
-fn nkey(file: &str) -> Result<Nkey, String> {
+fn nkey(file: &str) -> Result<KeyPair, String> {
     let content = std::fs::read_to_string(file).map_err(|e| e.to_string())?;
-    let seed = content.trim();
-    match KeyPair::from_seed(seed) {
-        Ok(key) if key.key_pair_type() == KeyPairType::User => {
-            Ok(Nkey { seed: seed.to_owned(), file: file.into() })
-        }
+    match KeyPair::from_seed(content.trim()) {
+        Ok(key) if key.key_pair_type() == KeyPairType::User => Ok(key),
         Ok(_) => Err("it holds the seed of an nkey, but not of a user (SU...)".to_owned()),
         Err(_) => Err("it holds no seed of an nkey (SU...)".to_owned()),
     }

@@ -24,11 +24,11 @@ pub struct Store {
     pub lock: File,
 }
 
-/// Checks what `up` needs, and opens the store if it starts the broker.
+/// Checks what `up` needs, and opens the store.
 ///
 /// # Errors
 /// Every fault that was found, one a line.
-pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<Option<Store>> {
+pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<Store> {
     let mut faults = Vec::new();
     for program in ["generator", "multiplier", "gateway"] {
         note(&mut faults, is_built(&evenodd.with_file_name(program)));
@@ -38,17 +38,13 @@ pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<Option<Store>> {
     for n in 0..up.gateways {
         listeners.push(note(&mut faults, listen(up.http(n), "--http")));
     }
-    let mut store = None;
-    if up.nats.is_none() {
-        for port in [up.nats_port, up.monitoring_port()] {
-            let address = ([127, 0, 0, 1], port).into();
-            listeners.push(note(&mut faults, listen(address, "--nats-port")));
-        }
-        note(&mut faults, is_new_enough(&up.nats_server).await);
-        store = note(&mut faults, open_store(&up.data));
+    for port in [up.nats_port, up.monitoring_port()] {
+        let address = ([127, 0, 0, 1], port).into();
+        listeners.push(note(&mut faults, listen(address, "--nats-port")));
     }
-    ensure!(faults.is_empty(), faults.join("\nerror: "));
-    Ok(store)
+    note(&mut faults, is_new_enough(&up.nats_server).await);
+    let store = note(&mut faults, open_store(&up.data));
+    store.filter(|_| faults.is_empty()).with_context(|| faults.join("\nerror: "))
 }
 
 fn note<T>(faults: &mut Vec<String>, result: anyhow::Result<T>) -> Option<T> {
