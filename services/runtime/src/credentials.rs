@@ -1,4 +1,5 @@
-//! Who a process is to the broker, and how it knows that the broker is the right one.
+//! The key with which a process authenticates to the broker, and the authority whose broker
+//! certificates it trusts.
 
 use std::fmt::{self, Debug, Formatter};
 use std::path::{Path, PathBuf};
@@ -10,20 +11,20 @@ use async_nats::rustls::pki_types::pem::PemObject;
 use clap::Args;
 use nkeys::{KeyPair, KeyPairType};
 
-/// Neither is needed on a broker that listens on loopback alone.
+/// The credentials for the broker. `evenodd up` needs none: its broker listens on loopback only.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Credentials {
-    /// The file with the seed of this user's nkey, as `evenodd keys` or `nsc` makes it
+    /// File with the seed of this user's nkey, as `evenodd keys` or `nsc` makes it
     #[arg(long, env = "EVENODD_NKEY", value_name = "FILE", value_parser = nkey)]
     nkey: Option<Nkey>,
 
-    /// Insist on TLS, with a certificate that this authority has signed: a file in PEM
+    /// Require TLS and a broker certificate that this authority has signed: a PEM file
     #[arg(long, env = "EVENODD_TLS_CA", value_name = "FILE", value_parser = authority)]
     pub(crate) tls_ca: Option<PathBuf>,
 }
 
 impl Credentials {
-    /// Adds them to the options of a connection.
+    /// Adds the credentials to the options of a connection.
     pub(crate) fn apply(&self, mut options: ConnectOptions) -> ConnectOptions {
         if let Some(nkey) = &self.nkey {
             options = options.nkey(nkey.seed.clone());
@@ -34,7 +35,7 @@ impl Credentials {
         options
     }
 
-    /// As arguments for another process.
+    /// The credentials as arguments for another process.
     #[must_use]
     pub fn to_args(&self) -> Vec<String> {
         let nkey = self.nkey.as_ref().map(|nkey| ("--nkey", &nkey.file));
@@ -64,8 +65,8 @@ fn nkey(file: &str) -> Result<Nkey, String> {
         Ok(key) if key.key_pair_type() == KeyPairType::User => {
             Ok(Nkey { seed: seed.to_owned(), file: file.into() })
         }
-        Ok(_) => Err("it holds the seed of an nkey, but not of a user (SU...)".to_owned()),
-        Err(_) => Err("it holds no seed of an nkey (SU...)".to_owned()),
+        Ok(_) => Err("the file holds the seed of an nkey, but not of a user (SU...)".to_owned()),
+        Err(_) => Err("the file holds no seed of an nkey (SU...)".to_owned()),
     }
 }
 
@@ -79,7 +80,7 @@ fn authority(file: &str) -> Result<PathBuf, String> {
         store.add(certificate).map_err(|e| e.to_string())?;
     }
     if store.is_empty() {
-        return Err("it holds no certificate in PEM".to_owned());
+        return Err("the file holds no certificate in PEM format".to_owned());
     }
     Ok(path.to_owned())
 }
