@@ -1,7 +1,7 @@
-# `make help` lists what there is. Every target does its own set-up.
+# `make help` lists the targets. Each target does its own set-up.
 
 CARGO ?= cargo
-# Here and in the README binaries are in ./target.
+# The paths below and in the README expect the binaries in ./target.
 unexport CARGO_TARGET_DIR
 
 .DEFAULT_GOAL := help
@@ -24,35 +24,35 @@ test-page: ## test the page in a real browser (needs chromium and chromium-drive
 	$(CARGO) build --locked --workspace --bins
 	$(CARGO) test --locked --package tests --test e2e -- --ignored page::
 
-test-api: ## hold the HTTP API against its description, with schemathesis
+test-api: ## compare the HTTP API with its description, with schemathesis
 	@nats/install >/dev/null
 	$(CARGO) build --locked --workspace --bins
 	$(CARGO) test --locked --package tests --test e2e -- --ignored api::
 
-test-compose: ## test the cluster in real containers (needs Docker, root, ports 8080 and 4222; steps: ARGS="kills cuts")
+test-compose: ## test the cluster in real containers (needs Docker, root, ports 8080 and 4222; only some steps: ARGS="kills cuts")
 	$(CARGO) test --locked --package tests --test compose -- $(ARGS)
 
-check: test ## everything that CI checks: format, clippy, tests, documentation
+check: test ## run the tests, and check format, clippy and documentation
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
 	RUSTDOCFLAGS="--deny warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items
 
-bench: ## measure the steps of a tick and the gateway here (with wrk and nginx, if there are any)
+bench: ## measure the steps of a tick, and the gateway (against nginx if wrk and nginx are installed)
 	@nats/install >/dev/null
 	$(CARGO) bench --locked --package tests
 
 up: ## build and start the cluster in containers: http://127.0.0.1:8080/
 	docker compose up --build --detach
 
-update: ## replace the services of the cluster by a new version, without a pause (back: ARGS=evenodd:previous)
+update: ## update the services of the cluster without a pause (to go back: ARGS=evenodd:previous)
 	deploy/update $(ARGS)
 
-down: ## stop it; the history stays in its volumes
+down: ## stop the cluster; the history stays in its volumes
 	docker compose down
 
-logs: ## follow what its containers log
+logs: ## follow the logs of the cluster
 	docker compose logs --follow --tail 20
 
-clean: ## remove what was built; the history in ./data stays
+clean: ## remove all build output; the history in ./data stays
 	$(CARGO) clean
 	rm -rf nats/bin

@@ -1,7 +1,7 @@
 //! What the services agree on, and nothing else: subjects, wire messages, slots and streams.
 //!
-//! Everything here is pure: no connection, no clock, no task. Whoever speaks to the broker takes
-//! the names and the types from this crate; no other place spells a subject.
+//! Everything here is pure: no connection, no clock, no task. The services take all names and types
+//! from this crate. They spell out no subject of the pipeline themselves.
 
 pub mod messages;
 pub mod odds;

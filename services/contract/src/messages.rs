@@ -1,7 +1,7 @@
-//! The wire messages, all JSON. Decoding validates: a value of these types is right.
+//! The wire messages, all in JSON. Decoding validates: a decoded value is always valid.
 //!
-//! Unknown fields are ignored, so that a newer peer may say more. The payloads of version 1 are
-//! frozen in `payloads/v1`, and are read for ever.
+//! Decoding ignores unknown fields, because a newer version may send more. The payloads of version
+//! 1 are frozen in `payloads/v1`, and every later version must read them.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -12,42 +12,44 @@ use serde::{Deserialize, Serialize};
 use crate::slot::Slot;
 use crate::{THRESHOLD, subjects};
 
-/// Why a payload is not the message it should be.
+/// Why a payload could not be decoded.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
-    /// Not JSON, or not of the message's form, or its values do not fit each other.
+    /// The payload is not JSON, lacks a field, or has values that are invalid or contradict each
+    /// other.
     #[error("not a valid message: {0}")]
     Json(#[from] serde_json::Error),
-    /// A factor of the other parity, or out of range.
+    /// The factor has the wrong parity or is out of range.
     #[error("{factor} is not an {parity} number from {} to {}", .parity.range().start(), .parity.range().end())]
     WrongFactor {
-        /// What was asked for.
+        /// The expected parity.
         parity: Parity,
-        /// What came.
+        /// The factor that was received.
         factor: u64,
     },
-    /// Fields that contradict each other.
+    /// The fields contradict each other.
     #[error("{0}")]
     Contradiction(String),
 }
 
-/// A payload in JSON.
+/// A message whose payload is JSON.
 pub trait Message: Serialize + DeserializeOwned {
-    /// The payload.
+    /// Encodes the message as a payload.
     fn encode(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("integers, strings and options of them always serialise")
     }
 
-    /// The message that a payload holds.
+    /// Decodes a payload.
     ///
     /// # Errors
-    /// [`DecodeError::Json`] if it holds none: other JSON, a wrong product, a factor out of range.
+    /// [`DecodeError::Json`] if the payload is not this message: other JSON, a wrong product, a
+    /// factor out of range.
     fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
         Ok(serde_json::from_slice(payload)?)
     }
 }
 
-/// Which of the two kinds of factor.
+/// The two kinds of factor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Parity {
     /// 0, 2, … 1000.
@@ -57,7 +59,7 @@ pub enum Parity {
 }
 
 impl Parity {
-    /// The name of the service that answers, and of its queue group.
+    /// The name of the generator service and of its queue group.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -66,7 +68,7 @@ impl Parity {
         }
     }
 
-    /// The subject of requests for such a factor.
+    /// The subject on which factors of this parity are requested.
     #[must_use]
     pub const fn subject(self) -> &'static str {
         match self {
@@ -89,7 +91,7 @@ impl Parity {
         self.range().step_by(2)
     }
 
-    /// The factor, if it is of this parity and in range.
+    /// Returns the factor if it has this parity and is in range.
     ///
     /// # Errors
     /// [`DecodeError::WrongFactor`] if it is not.
@@ -100,16 +102,17 @@ impl Parity {
             .ok_or(DecodeError::WrongFactor { parity: self, factor })
     }
 
-    /// The payload of a reply with this factor.
+    /// Encodes a reply with this factor.
     #[must_use]
     pub fn encode_reply(factor: u16) -> Vec<u8> {
         format!(r#"{{"number":{factor}}}"#).into_bytes()
     }
 
-    /// The factor that a reply holds.
+    /// Decodes a reply and returns its factor.
     ///
     /// # Errors
-    /// [`DecodeError`] if it is no reply, or none to this question.
+    /// [`DecodeError`] if the payload is not a reply, or if its factor has the wrong parity or is
+    /// out of range.
     pub fn decode_reply(self, payload: &[u8]) -> Result<u16, DecodeError> {
         #[derive(Deserialize)]
         struct Reply {
@@ -126,8 +129,8 @@ impl fmt::Display for Parity {
     }
 }
 
-/// An even and an odd number and their product: the message on `numbers.publish`, and so on
-/// `numbers.published`.
+/// An even factor, an odd factor and their product: the message on `numbers.publish`, which the
+/// server republishes on `numbers.published`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "ProductFields", into = "ProductFields")]
 pub struct Product {
@@ -135,7 +138,7 @@ pub struct Product {
     odd: u16,
 }
 
-/// How a [`Product`] is written. The order of the fields is that of the payload.
+/// The JSON form of a [`Product`], with the fields in the order of the payload.
 #[derive(Serialize, Deserialize)]
 struct ProductFields {
     number: u64,
@@ -164,13 +167,13 @@ impl Product {
         self.odd
     }
 
-    /// Its value, at most 999,000.
+    /// The value of the product, at most 999,000.
     #[must_use]
     pub fn value(self) -> u32 {
         u32::from(self.even) * u32::from(self.odd)
     }
 
-    /// Whether it is to be published.
+    /// Whether the product must be published.
     #[must_use]
     pub fn is_above_threshold(self) -> bool {
         self.value() > THRESHOLD
@@ -199,7 +202,7 @@ impl TryFrom<ProductFields> for Product {
     }
 }
 
-/// What came of a draw.
+/// The outcome of a draw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
@@ -207,15 +210,15 @@ pub enum Outcome {
     AboveThreshold,
     /// The product is not greater than the threshold.
     BelowThreshold,
-    /// No generator gave an even number in time.
+    /// No generator gave an even factor in time.
     NoEven,
-    /// No generator gave an odd number in time.
+    /// No generator gave an odd factor in time.
     NoOdd,
-    /// Neither number came in time.
+    /// No generator gave a factor of either parity in time.
     NoNumbers,
 }
 
-/// What one multiplier drew for a slot. The first draw of a slot that the stream
+/// What one multiplier offers for a slot. The first draw of a slot that the stream
 /// [`TICKS`](crate::streams::TICKS) stores is the tick.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "DrawFields", into = "DrawFields")]
@@ -224,13 +227,13 @@ pub struct Draw {
     pub slot: Slot,
     /// The service id of the multiplier.
     pub multiplier: String,
-    /// The even number, if one came.
+    /// The even factor, or `None` if no generator gave one in time.
     pub even: Option<u16>,
-    /// The odd number, if one came.
+    /// The odd factor, or `None` if no generator gave one in time.
     pub odd: Option<u16>,
 }
 
-/// How a [`Draw`] is written. The order of the fields is that of the payload.
+/// The JSON form of a [`Draw`], with the fields in the order of the payload.
 #[derive(Serialize, Deserialize)]
 struct DrawFields {
     slot: Slot,
@@ -242,19 +245,19 @@ struct DrawFields {
 }
 
 impl Draw {
-    /// The product, if both numbers came.
+    /// The product, if the draw has both factors.
     #[must_use]
     pub fn product(&self) -> Option<Product> {
         Product::new(self.even?.into(), self.odd?.into()).ok()
     }
 
-    /// The product, if it is to be published.
+    /// The product, if it must be published.
     #[must_use]
     pub fn due(&self) -> Option<Product> {
         self.product().filter(|product| product.is_above_threshold())
     }
 
-    /// What came of it.
+    /// The outcome of the draw.
     #[must_use]
     pub fn outcome(&self) -> Outcome {
         match (self.even, self.odd) {
@@ -314,7 +317,7 @@ mod tests {
         }
 
         #[test]
-        fn only_true_products_decode(number: u64, even in 0..1100u64, odd in 0..1100u64) {
+        fn only_correct_products_decode(number: u64, even in 0..1100u64, odd in 0..1100u64) {
             let right = even % 2 == 0 && even <= 1000 && odd % 2 == 1 && odd <= 999;
             let decode = |number| {
                 Product::decode(format!(r#"{{"number":{number},"even":{even},"odd":{odd}}}"#).as_bytes())
@@ -324,7 +327,7 @@ mod tests {
         }
 
         #[test]
-        fn a_draw_survives_the_wire_and_decodes_only_when_it_is_true(
+        fn a_draw_survives_the_wire_and_decodes_only_if_it_is_consistent(
             slot: u64, even in proptest::option::of(0..=500u16), odd in proptest::option::of(0..500u16),
         ) {
             let (even, odd) = (even.map(|n| 2 * n), odd.map(|n| 2 * n + 1));
@@ -346,7 +349,7 @@ mod tests {
         }
 
         #[test]
-        fn a_reply_decodes_for_its_parity_alone(number: u64) {
+        fn a_reply_decodes_only_for_its_own_parity(number: u64) {
             for number in [number, number % 1100] {
                 let payload = format!(r#"{{"number":{number}}}"#);
                 let even = Parity::Even.decode_reply(payload.as_bytes());
@@ -357,7 +360,7 @@ mod tests {
         }
 
         #[test]
-        fn noise_is_an_error_and_never_a_panic(noise: Vec<u8>) {
+        fn arbitrary_bytes_never_cause_a_panic(noise: Vec<u8>) {
             let _ = Product::decode(&noise);
             let _ = Draw::decode(&noise);
             let _ = Parity::Even.decode_reply(&noise);
@@ -365,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_the_payload_as_documented() {
+    fn payloads_are_written_as_documented() {
         let product = Product::new(846, 511).unwrap();
         assert_eq!(product.encode(), br#"{"number":432306,"even":846,"odd":511}"#);
         assert_eq!(Parity::encode_reply(846), br#"{"number":846}"#);
@@ -391,7 +394,7 @@ mod tests {
         assert_eq!(odd.to_string(), "7 is not an even number from 0 to 1000");
     }
 
-    /// Every payload that a released version has written is read for ever.
+    /// Every version must read the payloads that earlier versions have written.
     #[test]
     fn version_1_is_still_read() {
         let product = Product::decode(include_bytes!("../payloads/v1/published.json")).unwrap();
@@ -406,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_peer_may_say_more() {
+    fn unknown_fields_are_ignored() {
         let more = br#"{"number":6,"even":2,"odd":3,"colour":"red"}"#;
         assert!(Product::decode(more).is_ok());
         let more = br#"{"slot":1,"multiplier":"a","outcome":"no_numbers","colour":"red"}"#;

@@ -1,11 +1,11 @@
-//! How often a tick publishes: exact counts, for `verify`, the page and the tests.
+//! The probability that a tick has a product to publish, from exact counts.
 
 use crate::THRESHOLD;
 use crate::messages::Parity;
 
-/// How many of the pairs of one even and one odd number have a product above the threshold, and
-/// how many pairs there are. All pairs are equally likely, so this is the share of the ticks that
-/// publish.
+/// Returns how many pairs of an even and an odd factor have a product above the threshold, and how
+/// many pairs there are. All pairs are equally likely, so the ratio is the probability that a tick
+/// has a product to publish.
 #[must_use]
 pub fn published_pairs() -> (u32, u32) {
     let mut above = 0;
@@ -32,7 +32,7 @@ mod tests {
 
     #[test]
     fn enumeration_and_division_agree() {
-        // For each even number: the odd ones that are greater than the threshold divided by it.
+        // For each even factor: the odd factors that are greater than the threshold divided by it.
         let above: u32 =
             (2..=1000).step_by(2).map(|even| 500 - 500.min((THRESHOLD / even).div_ceil(2))).sum();
         assert_eq!(published_pairs(), (above, 501 * 500));

@@ -1,4 +1,4 @@
-//! Slots: the numbered stretches of Unix time in each of which one tick is due.
+//! Slots: numbered intervals of Unix time. One tick is due in each.
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -36,7 +36,7 @@ impl FromStr for Slot {
     }
 }
 
-/// How long a slot is: 500 ms, but for tests that cannot wait.
+/// The length of a slot: 500 ms everywhere except in tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotLength(NonZeroU64);
 
@@ -59,7 +59,7 @@ impl SlotLength {
         Duration::from_millis(self.0.get())
     }
 
-    /// The slot that holds the given time since the Unix epoch.
+    /// The slot that contains the given time since the Unix epoch.
     #[must_use]
     pub fn slot_at(self, since_epoch: Duration) -> Slot {
         let ms = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
@@ -89,19 +89,19 @@ mod tests {
         }
 
         #[test]
-        fn a_slot_begins_in_itself(slot in 0..u64::MAX / 100_000, length in 1..100_000u64) {
+        fn a_slot_contains_its_start(slot in 0..u64::MAX / 100_000, length in 1..100_000u64) {
             let length = SlotLength(NonZeroU64::new(length).unwrap());
             prop_assert_eq!(length.slot_at(length.start_of(Slot(slot))), Slot(slot));
         }
 
         #[test]
-        fn reads_what_it_writes(slot: u64) {
+        fn a_slot_parses_from_its_text(slot: u64) {
             prop_assert_eq!(Slot(slot).to_string().parse(), Ok(Slot(slot)));
         }
     }
 
     #[test]
-    fn no_slot_is_empty() {
+    fn the_length_of_a_slot_is_not_zero() {
         assert!("0".parse::<SlotLength>().is_err());
         assert_eq!("500".parse(), Ok(SlotLength::DEFAULT));
     }

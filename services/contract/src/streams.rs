@@ -1,14 +1,14 @@
-//! The names of the two streams, and what their readers and writers rely on.
+//! The names of the two streams, and the settings that their readers and writers rely on.
 
 use std::time::Duration;
 
-/// The history: every published number, for good.
+/// The history: every published product, for good.
 pub const NUMBERS: &str = "NUMBERS";
-/// The draws of the last [`TICKS_AGE`]: the first one of each slot.
+/// The ticks of the last [`TICKS_AGE`]: the first draw of each slot.
 pub const TICKS: &str = "TICKS";
 
-/// For how long a stream remembers a message id. A publication that was not acknowledged may be
-/// retried for this long and is still stored at most once.
+/// How long a stream remembers a message id. A publisher may retry a publication for this long, and
+/// the stream still stores it at most once.
 pub const DUPLICATE_WINDOW: Duration = Duration::from_mins(10);
-/// For how long a draw is kept: longer than anybody may still read it to settle its slot.
+/// How long the stream keeps a draw: longer than a multiplier may take to settle the slot.
 pub const TICKS_AGE: Duration = Duration::from_mins(20);

@@ -1,7 +1,7 @@
-//! Services 1 and 2: a random even or odd number for every request.
+//! Services 1 and 2: a random even or odd factor for every request.
 //!
-//! A service of the NATS Services API (ADR-32), so that `nats micro ls` shows every replica and
-//! its statistics. It has no state: any number of replicas share the requests as a queue group.
+//! Each replica is a service of the NATS Services API (ADR-32), and `nats micro ls` lists it.
+//! Replicas keep no state. Any number of them share the requests as a queue group.
 
 use std::net::SocketAddr;
 
@@ -18,11 +18,11 @@ use runtime::{Service, Shutdown};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-/// Answers requests for a random number: even (0 to 1000) or odd (1 to 999), uniformly.
+/// Replies to each request with a uniformly random number: even (0 to 1000) or odd (1 to 999).
 #[derive(Parser, Clone, Debug)]
 #[command(name = "generator", version)]
 pub struct Settings {
-    /// Which numbers to answer with
+    /// Whether to reply with even or odd numbers
     #[arg(long, env = "EVENODD_PARITY", value_name = "PARITY", value_parser = parity())]
     parity: Parity,
 
@@ -57,11 +57,11 @@ impl Service for Settings {
     }
 }
 
-/// One replica, until the shutdown. Requests that are under way to it are lost then; those who sent
-/// them send others (docs/adr/0004).
+/// Runs one replica until the shutdown. Requests that are still on their way to it are then lost,
+/// and the multipliers send others (docs/adr/0004).
 ///
 /// # Errors
-/// If the connection was closed for good.
+/// If the connection was closed.
 pub async fn run(client: Client, parity: Parity, shutdown: Shutdown) -> anyhow::Result<()> {
     let about = Description {
         name: parity.name(),
@@ -76,7 +76,7 @@ pub async fn run(client: Client, parity: Parity, shutdown: Shutdown) -> anyhow::
     let micro = micro::announce(&client, about).await?;
     let queue_group = parity.name().to_owned();
     let mut requests = client.queue_subscribe(parity.subject(), queue_group).await?;
-    info!(subject = parity.subject(), id = micro.id, "answering");
+    info!(subject = parity.subject(), id = micro.id, "answering requests");
     loop {
         let request = tokio::select! {
             request = requests.next() => request.context("the connection to NATS was closed")?,
@@ -94,11 +94,11 @@ async fn answer(client: &Client, parity: Parity, reply: Subject, counters: &Coun
     let sent = client.publish(reply, payload.into()).await;
     counters.count(begun.elapsed(), sent.is_err());
     if let Err(error) = sent {
-        warn!(%error, "cannot send an answer");
+        warn!(%error, "cannot send a reply");
     }
 }
 
-/// A number of this parity, each equally likely.
+/// A uniformly random factor of this parity.
 fn random(parity: Parity) -> u16 {
     let range = parity.range();
     let last = (range.end() - range.start()) / 2;
@@ -110,9 +110,10 @@ mod tests {
     use super::*;
     use std::collections::HashMap;
 
-    /// Every number of the parity comes, none other, and none strikingly often or rarely.
+    /// Every factor of the parity occurs and no other number does. Their frequencies pass a
+    /// chi-squared test.
     #[test]
-    fn numbers_are_uniform_over_the_whole_range() {
+    fn factors_are_uniform_over_the_whole_range() {
         const EACH: u32 = 1000;
         for parity in [Parity::Even, Parity::Odd] {
             let count = u32::try_from(parity.factors().len()).unwrap();

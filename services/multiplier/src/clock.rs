@@ -1,4 +1,4 @@
-//! The clock: it starts each slot once, and knows which slots are stored already.
+//! The clock begins each slot once, and tracks which slots already have a stored draw.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -14,16 +14,17 @@ use tracing::warn;
 
 use crate::outbox::World;
 
-/// A slot is given up at this age: 30 s before the stream forgets its message id, so that neither a
-/// publication under way nor [`TOLERANCE`] can make a retry a second message.
+/// A multiplier gives up a slot at this age, 30 s before the stream forgets its message id. The
+/// margin covers [`TOLERANCE`] and publications that are still under way. Without it the stream
+/// could store a retry as a second message.
 const MAX_AGE: Duration = DUPLICATE_WINDOW.saturating_sub(Duration::from_secs(30));
-/// How far the clocks of two replicas may differ, and both still draw. Also how old the knowledge of
-/// what is stored may be.
+/// How far the clocks of two replicas may differ while both still draw. Also the maximum age of
+/// what a replica knows about the stored draws.
 const TOLERANCE: Duration = Duration::from_secs(10);
-/// A clock that differs more than this from the broker's is reported.
+/// A multiplier logs a warning if its clock differs from the broker's by more than this.
 const OFFSET: Duration = Duration::from_secs(1);
 
-/// One slot, from the moment in which it begins.
+/// A slot that has begun.
 #[derive(Clone, Copy, Debug)]
 pub struct Turn {
     /// The slot.
@@ -34,7 +35,7 @@ pub struct Turn {
     pub ends: Instant,
 }
 
-/// The time of this machine, and what the stored draws tell of it.
+/// The time of this machine, and what is known about the stored draws.
 #[derive(Clone)]
 pub struct Clock {
     /// How long a slot is.
@@ -43,16 +44,16 @@ pub struct Clock {
     known: Arc<watch::Sender<Known>>,
 }
 
-/// What is known of the draws that are stored.
+/// What is known about the stored draws.
 #[derive(Clone, Copy, Default)]
 struct Known {
-    /// The latest slot of them.
+    /// The latest slot that has a stored draw.
     latest: Slot,
-    /// When that was heard, at the moment in which it was stored.
+    /// When a draw of the latest slot was last heard on `ticks.done`.
     live: Option<Instant>,
-    /// When that was read.
+    /// When the stream was last read.
     read: Option<Instant>,
-    /// Whether this machine's clock was reported.
+    /// Whether a warning about this machine's clock was logged.
     is_off: bool,
 }
 
@@ -61,24 +62,25 @@ fn is_recent(at: Option<Instant>) -> bool {
 }
 
 impl Clock {
-    /// `wall` gives the time since the Unix epoch.
+    /// `wall` returns the time since the Unix epoch.
     pub fn new(length: SlotLength, wall: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
         Self { length, wall: Arc::new(wall), known: Arc::default() }
     }
 
-    /// Starts one slot after the other, for ever.
+    /// Begins slot after slot, for ever.
     pub async fn run(&self, queue: mpsc::Sender<Turn>) -> Infallible {
         let mut last = self.length.slot_at((self.wall)());
         loop {
             let turn = self.next(last).await;
             last = turn.slot;
-            // At two slots a second there is always room. The outbox ends later than this.
+            // The queue holds the slots of ten minutes, and the outbox gives up older ones: there
+            // is always room. The outbox outlives this loop.
             let _ = queue.send(turn).await;
         }
     }
 
-    /// Learns what is stored: from draws that are heard, until there are no more, and by reading
-    /// while those tell nothing. `id` is that of this replica.
+    /// Learns which slots are stored: from the draws in `heard`, and by reading the stream while
+    /// those say nothing new. Returns when `heard` ends. `id` is the id of this replica.
     pub async fn follow(
         &self,
         world: &impl World,
@@ -96,7 +98,7 @@ impl Clock {
                 Err(error) => {
                     let error = Some(error.to_string());
                     if error != fault {
-                        warn!(error, "cannot read TICKS; no slot begins until it can be read");
+                        warn!(error, "cannot read TICKS; retrying, but no slot begins after 10 s");
                         fault = error;
                     }
                     TOLERANCE / 50
@@ -112,11 +114,12 @@ impl Clock {
         }
     }
 
-    /// Waits for the slot after `last` to begin. A replica that was paused for a while, and with it
-    /// perhaps all others of this machine, makes up for the slots of the last ten seconds. One whose
-    /// clock is behind `last`, or behind what is stored, waits until it has caught up, and so does one
-    /// that does not know what is stored: the stream may have forgotten the message ids of these slots,
-    /// and would store them again.
+    /// Waits until the slot after `last` begins. After a pause of the process, or of the whole
+    /// machine, this makes up for the slots of the last ten seconds.
+    ///
+    /// A replica must not draw a slot again after the stream has forgotten its message id. It
+    /// therefore waits while its clock is behind `last`, while its clock is behind the stored
+    /// draws, and while it does not know what is stored.
     async fn next(&self, last: Slot) -> Turn {
         let mut told = false;
         loop {
@@ -134,15 +137,16 @@ impl Clock {
                 return Turn { slot, began, ends: Instant::now() + left };
             }
             if wait > self.length.duration() + OFFSET && !told {
-                warn!(%first, ?wait, "the clock is behind slots that are stored: waiting for it");
+                warn!(%first, ?wait, "the clock is behind slots that are stored; waiting until it has passed them");
                 told = true;
             }
             sleep(wait.min(TOLERANCE)).await;
         }
     }
 
-    /// The first slot that may be drawn, if it is known what is stored. What was stored just now the
-    /// stream remembers for long enough.
+    /// The first slot that this replica may draw, or `None` if it does not know what is stored.
+    /// While draws are heard live, this may be up to [`TOLERANCE`] before the latest slot: the
+    /// stream still remembers the message ids of these slots.
     fn first(&self) -> Option<Slot> {
         let Known { latest, live, read, .. } = *self.known.borrow();
         let next = self.length.start_of(latest.next());
@@ -150,8 +154,8 @@ impl Clock {
         (is_recent(live) || is_recent(read)).then(|| self.length.slot_at(first))
     }
 
-    /// Takes note of the draws that were stored last. What is read counts more than what was heard: where
-    /// there are no keys, anybody may say anything on `ticks.done`.
+    /// Takes note of the draws that were stored last. They override what was heard: on a broker
+    /// without keys, any client can publish to `ticks.done`.
     fn learn(&self, entries: &[Entry]) {
         let slot_of = |entry: &Entry| {
             let draw = Draw::decode(&entry.payload).ok()?;
@@ -164,28 +168,32 @@ impl Clock {
         });
     }
 
-    /// The slot of a stored draw, or the broker's own slot if the draw's is far in the broker's future:
-    /// one replica whose clock is far ahead must not stop the others.
+    /// The slot of a stored draw. If it is far in the broker's future, the broker's own slot
+    /// instead: a replica whose clock is far ahead must not stop the others.
     fn credible(&self, slot: Slot, stored: Duration) -> Slot {
         let is_near = self.length.start_of(slot) <= stored + TOLERANCE;
         if is_near { slot } else { self.length.slot_at(stored) }
     }
 
-    /// Takes note of a draw in the moment in which it is stored. Reports this machine's clock, once,
-    /// if the draw shows that it differs from the broker's; `id` is that of this replica. Returns whether
-    /// the draw is of the latest slot.
+    /// Takes note of a draw that was just stored, and returns whether it belongs to the latest
+    /// slot. Logs one warning if the draw shows that this machine's clock differs from the
+    /// broker's. `id` is the id of this replica.
     fn hear(&self, entry: &Entry, id: &str) -> bool {
         let Ok(draw) = Draw::decode(&entry.payload) else { return false };
         let (began, stored) = (self.length.start_of(draw.slot), entry.since_epoch());
         let own = draw.multiplier == id;
-        // Either is certain, however late the draw is heard.
+        // Both are lower bounds of the difference, however late the draw is heard.
         let ahead = if own { began.saturating_sub(stored) } else { Duration::ZERO };
         let behind = stored.saturating_sub((self.wall)());
         let is_off = ahead.max(behind) > OFFSET;
         let slot = self.credible(draw.slot, stored);
         self.known.send_if_modified(|known| {
             if is_off && !known.is_off {
-                warn!(?ahead, ?behind, "this clock differs from the broker's; is NTP running?");
+                warn!(
+                    ?ahead,
+                    ?behind,
+                    "this machine's clock differs from the broker's; is NTP running?"
+                );
             }
             known.is_off = is_off || known.is_off && !own;
             let is_latest = slot >= known.latest;
@@ -196,16 +204,16 @@ impl Clock {
         })
     }
 
-    /// Until when to ask generators: nine tenths of the slot, the rest is for the publications; and
-    /// a fifth of a slot if that is over.
+    /// The deadline for requests to generators: after nine tenths of the slot, which leaves the
+    /// rest for publishing. Once that has passed, a fifth of a slot from now.
     #[must_use]
     pub fn budget(&self, turn: &Turn) -> Instant {
         let length = self.length.duration();
         (turn.ends - length / 10).max(Instant::now() + length / 5)
     }
 
-    /// Whether a retry could store a second message. It goes by two clocks: this machine's may be
-    /// set back, and tokio's does not count the time in which the machine is suspended.
+    /// Whether a retry could store a second message. This compares with two clocks: this machine's
+    /// may be set back, and tokio's does not count the time while the machine is suspended.
     #[must_use]
     pub fn is_too_old(&self, turn: &Turn) -> bool {
         (self.wall)().saturating_sub(turn.began) >= MAX_AGE || turn.ends.elapsed() >= MAX_AGE

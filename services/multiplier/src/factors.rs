@@ -1,4 +1,4 @@
-//! Getting a factor: a request to the generators, hedged.
+//! Hedged requests to the generators for a factor.
 
 use std::time::Duration;
 
@@ -8,11 +8,11 @@ use runtime::{connection, hedged};
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 
-/// A factor of this parity, or `None` if no generator gives one in time.
+/// Requests a factor of this parity. Returns `None` if no generator gives one in time.
 ///
-/// Another request goes out each time that `hedge_after` has passed without a valid answer: it most
-/// likely reaches another member of the queue group. So a frozen generator costs a moment, until the
-/// server drops it.
+/// It sends another request each time that `hedge_after` has passed without a valid reply. That
+/// request most likely reaches another member of the queue group. A frozen generator therefore
+/// costs only a short delay, until the server drops it.
 pub async fn get(
     client: &Client,
     parity: Parity,
@@ -25,12 +25,12 @@ pub async fn get(
 
 async fn request(client: &Client, parity: Parity) -> Option<u16> {
     let subject = parity.subject();
-    // A request that is sent without a connection waits in the client, and goes out late.
+    // Without a connection the client would queue the request and send it late.
     if !connection::is_connected(client) {
         return None;
     }
     let answer = client.send_request(subject, connection::request(client)).await;
-    // Mostly there are no responders; the next request may find one.
+    // Usually the error is that there are no responders. The next request may find one.
     let answer = answer.inspect_err(|error| debug!(subject, %error, "no answer")).ok()?;
     let factor = parity.decode_reply(&answer.payload);
     factor.inspect_err(|error| warn!(subject, %error, "a generator gave a wrong answer")).ok()

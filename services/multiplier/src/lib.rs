@@ -1,9 +1,9 @@
-//! Service 3: in every slot of 500 ms each replica asks for an even and an odd number and offers
-//! them to the stream of draws. The product of the draw that the stream keeps is published if it is
-//! greater than the threshold.
+//! Service 3. In every slot of 500 ms each replica requests an even and an odd factor and offers
+//! them to the stream of draws. The stream keeps the first draw of a slot. Its product is published
+//! if it is greater than the threshold.
 //!
-//! `clock` starts slots, `factors` gets the two factors, `outbox` settles a slot; here they are put
-//! together. No replica leads: see docs/adr/0001-one-draw-a-slot.md.
+//! `clock` begins slots, `factors` requests two factors, `outbox` settles a slot. This module
+//! connects them. No replica leads: see docs/adr/0001-one-draw-a-slot.md.
 
 pub mod clock;
 mod factors;
@@ -41,7 +41,7 @@ const ABOUT: Description = Description {
     reserved: subjects::is_ours,
 };
 
-/// How long the acknowledgement of a publication may take before it is sent again.
+/// How long to wait for an acknowledgement before publishing again.
 const ACK_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Multiplies an even and an odd number twice a second, and publishes products above 100000.
@@ -54,7 +54,8 @@ pub struct Settings {
     #[command(flatten)]
     health: HealthSettings,
 
-    /// The length of a slot in milliseconds, the same for all replicas; only tests change it
+    /// The length of a slot in milliseconds; it must be the same for all replicas, and only tests
+    /// change it
     #[arg(long, env = "EVENODD_SLOT_MS", value_name = "MS", default_value = "500", hide = true)]
     slot_ms: SlotLength,
 }
@@ -79,27 +80,28 @@ impl Service for Settings {
 
 /// The time since the Unix epoch, by this machine's clock.
 fn unix_time() -> Duration {
-    // Before 1970 there are no slots; a clock that says so is as good as one that stands still.
+    // A clock before 1970 counts as 1970: no slot begins until it is set.
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// One replica, until the shutdown; then it settles the slots that have begun, by the deadline.
+/// Runs one replica until the shutdown. It then settles the slots that have begun, until the
+/// deadline.
 ///
 /// # Errors
-/// If the connection was closed for good, or a slot was not settled by the deadline.
+/// If the connection was closed, or a slot was not settled by the deadline.
 pub async fn run(client: Client, clock: Clock, shutdown: Shutdown) -> anyhow::Result<()> {
     let micro = micro::announce(&client, ABOUT).await?;
-    // Only what the server republishes has the headers of an entry.
+    // Messages without the headers of an entry were not republished by the server.
     let draws = client.subscribe(subjects::DONE).await?;
     let draws = draws.filter_map(|message| ready(Entry::try_from(message).ok()));
     let (queue, turns) = mpsc::channel(CAPACITY);
-    // Another request for a factor every 20 ms.
+    // With slots of 500 ms, another request for a factor every 20 ms.
     let world = Nats { client, hedge_after: clock.length.duration() / 25 };
     let outbox = Outbox::new(&micro.id, clock.clone(), world.clone(), rand::random());
     let counters = micro.counters.clone();
     let settled = move |draw: &Draw, took| counters.count(took, draw.product().is_none());
     let mut outbox = AbortOnDropHandle::new(tokio::spawn(outbox.run(turns, settled)));
-    info!(id = micro.id, "ticking");
+    info!(id = micro.id, "drawing for every slot");
     let deadline = tokio::select! {
         deadline = shutdown.begun() => deadline,
         never = clock.run(queue) => match never {},
@@ -107,12 +109,12 @@ pub async fn run(client: Client, clock: Clock, shutdown: Shutdown) -> anyhow::Re
         result = &mut outbox => return Ok(result?),
     };
     timeout_at(deadline, outbox).await.context(
-        "NATS did not take all slots in time: their numbers are lost, unless another replica publishes them",
+        "not all slots were settled by the deadline; their products are lost unless another replica publishes them",
     )??;
     Ok(())
 }
 
-/// The generators and the streams, by NATS.
+/// The generators and the streams, reached over NATS.
 #[derive(Clone)]
 struct Nats {
     client: Client,
@@ -130,7 +132,7 @@ impl World for Nats {
         slot: Slot,
         payload: Vec<u8>,
     ) -> Result<Ack, PublishError> {
-        // What is sent without a connection waits in the client, and comes out late.
+        // Without a connection the client would queue the message and send it late.
         if !connection::is_connected(&self.client) {
             return Err(PublishError::Failed("not connected to NATS".to_owned()));
         }

@@ -1,8 +1,8 @@
-//! The outbox: slots that have begun, settled one after the other.
+//! The outbox settles the slots that have begun, one after the other.
 //!
-//! To settle a slot is to draw for it, to find out whose draw the stream keeps, and to publish that
-//! draw's product if it is due. Every replica does so for every slot, and repeats what fails until
-//! it is acknowledged. So it does not matter which replica dies when (docs/adr/0001).
+//! To settle a slot, a replica draws for it, finds out which draw the stream keeps, and publishes
+//! the product of that draw if it is due. Every replica does this for every slot, and retries until
+//! it is acknowledged. It therefore does not matter which replica dies, or when (docs/adr/0001).
 
 use std::future::Future;
 use std::time::Duration;
@@ -18,22 +18,22 @@ use tracing::{debug, error, info, warn};
 
 use crate::clock::{Clock, Turn};
 
-/// The most slots that wait: at two a second what begins in ten minutes. Older ones are given up.
+/// The most slots that wait: those of ten minutes, at two a second. Older ones are given up.
 pub const CAPACITY: usize = 1200;
-/// Pauses between two attempts, doubling from the first to the last.
+/// The pause between two attempts doubles from the first of these to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LAST_PAUSE: Duration = Duration::from_millis(500);
-/// How often a draw that is stored is looked for: some 3 s. Then somebody has deleted it.
+/// How often to look for a stored draw, over about 3 s. If it is still missing, it was deleted.
 const MAX_READS: u32 = 14;
-/// How many slots that were given up are reported in one line at the most: those of a minute.
+/// The most slots that one log line reports as given up: those of a minute.
 const REPORT: u64 = 120;
 
-/// What the outbox needs of the world.
+/// The generators and the streams, as the outbox and the clock use them.
 pub trait World: Send + Sync {
-    /// A factor of this parity, if a generator gives one in time.
+    /// Requests a factor of this parity. Returns `None` if no generator gives one in time.
     fn factor(&self, parity: Parity, until: Instant) -> impl Future<Output = Option<u16>> + Send;
 
-    /// Publishes with the slot as the message id, once, and waits for the acknowledgement.
+    /// Publishes once, with the slot as the message id, and waits for the acknowledgement.
     fn publish(
         &self,
         subject: &'static str,
@@ -41,12 +41,12 @@ pub trait World: Send + Sync {
         payload: Vec<u8>,
     ) -> impl Future<Output = Result<Ack, PublishError>> + Send;
 
-    /// The draws that were stored last, in the order of the stream: enough of them that the latest
-    /// slot is among them, also when draws of an outage were stored after it.
+    /// The draws that were stored last, in the order of the stream. They must include the latest
+    /// slot, even if many draws from an outage were stored after it.
     fn latest(&self) -> impl Future<Output = Result<Vec<Entry>, ReadError>> + Send;
 
-    /// The first stored draw with this sequence or a greater one, as far as the replica of the
-    /// stream that answers has it.
+    /// The first stored draw with this sequence or a greater one. Returns `None` if the answering
+    /// replica of the stream does not have one yet.
     fn read(&self, sequence: u64) -> impl Future<Output = Result<Option<Entry>, ReadError>> + Send;
 }
 
@@ -69,19 +69,19 @@ pub struct Outbox<W> {
     jitter: StdRng,
     /// Whether the last attempt failed.
     failing: bool,
-    /// The first and the last of the slots that were given up and not reported, and how many.
+    /// The slots that were given up and not yet reported: the first, the last, and how many.
     given_up: Option<(Slot, Slot, u64)>,
 }
 
 impl<W: World> Outbox<W> {
-    /// For the replica with this id. `seed` decides the length of pauses.
+    /// An outbox for the replica with this id. `seed` determines the jitter of the pauses.
     pub fn new(id: &str, clock: Clock, world: W, seed: u64) -> Self {
         let (id, jitter) = (id.to_owned(), StdRng::seed_from_u64(seed));
         Self { id, clock, world, jitter, failing: false, given_up: None }
     }
 
-    /// Settles what comes, in its order, and tells `settled` which draw the stream keeps and how
-    /// long that took.
+    /// Settles the slots in their order. Calls `settled` with the draw that the stream keeps and
+    /// the time that the slot took.
     pub async fn run(
         mut self,
         mut turns: mpsc::Receiver<Turn>,
@@ -105,8 +105,8 @@ impl<W: World> Outbox<W> {
         self.report_given_up();
     }
 
-    /// Tries until the slot has a draw, and its product is in the history if it is due there; or
-    /// (`false`) until the slot is too old.
+    /// Retries until the slot has a draw, and its product, if due, is in the history. Returns
+    /// `false` if the slot became too old.
     async fn settle(&mut self, turn: &Turn, tick: &mut Tick) -> bool {
         let slot = turn.slot;
         let mut pause = FIRST_PAUSE;
@@ -117,13 +117,13 @@ impl<W: World> Outbox<W> {
                 }
                 return true;
             };
-            // Most of the time a matter of milliseconds.
+            // These faults usually pass within milliseconds.
             let passing =
                 matches!(fault, Fault::Publish(PublishError::InProcess) | Fault::NotYet(_));
             if (passing && pause < LAST_PAUSE) || std::mem::replace(&mut self.failing, true) {
                 debug!(%slot, %fault, "not settled yet");
             } else {
-                warn!(%slot, %fault, "not settled yet; retrying for nine and a half minutes");
+                warn!(%slot, %fault, "not settled yet; retrying for up to 9.5 minutes");
             }
             sleep(pause.mul_f64(self.jitter.random_range(0.5..=1.0))).await;
             pause = LAST_PAUSE.min(pause * 2);
@@ -134,8 +134,8 @@ impl<W: World> Outbox<W> {
     async fn attempt(&self, turn: &Turn, tick: &mut Tick) -> Result<(), Fault> {
         if !tick.is_stored {
             let draw = &mut tick.draw;
-            // Without numbers it waits for generators as long as it may, and again at each attempt:
-            // it must not come before the draw of a replica that has numbers.
+            // A draw without both factors must not be stored before the complete draw of another
+            // replica. Each attempt therefore waits for the generators as long as it may.
             if draw.product().is_none() {
                 let until = self.clock.budget(turn);
                 let factor = |parity| self.world.factor(parity, until);
@@ -153,8 +153,8 @@ impl<W: World> Outbox<W> {
         Ok(())
     }
 
-    /// Replaces the draw by the one that the stream has at this sequence. If that is not a valid draw
-    /// of the slot, which no multiplier writes, the slot has no numbers.
+    /// Replaces the draw by the one that the stream keeps at this sequence. If that is not a valid
+    /// draw of the slot, the slot ends without factors. No multiplier writes such a message.
     async fn read(&self, sequence: u64, tick: &mut Tick) -> Result<(), Fault> {
         let slot = tick.draw.slot;
         let entry = self.world.read(sequence).await?;
@@ -168,7 +168,7 @@ impl<W: World> Outbox<W> {
                 tick.draw = stored;
                 return Ok(());
             }
-            Some(Ok(stored)) => format!("it is of slot {}", stored.slot),
+            Some(Ok(stored)) => format!("it belongs to slot {}", stored.slot),
             Some(Err(error)) => error.to_string(),
             None => "it was deleted".to_owned(),
         };
@@ -179,17 +179,17 @@ impl<W: World> Outbox<W> {
 
     fn report_given_up(&mut self) {
         if let Some((first, last, slots)) = self.given_up.take() {
-            error!(%first, %last, slots, "gave up on slots: their numbers are lost, unless another replica has published them");
+            error!(%first, %last, slots, "gave up on slots; their products are lost unless another replica has published them");
         }
     }
 }
 
-/// What is known of a slot while it is settled.
+/// The state of a slot while it is being settled.
 struct Tick {
-    /// This replica's draw until the stream has stored one for the slot, and then that one.
+    /// This replica's draw. Once the stream has stored a draw for the slot, that one.
     draw: Draw,
     is_stored: bool,
-    /// How often the stored draw could not be found.
+    /// How many reads did not find the stored draw.
     reads: u32,
 }
 

@@ -1,7 +1,7 @@
-//! The outboxes of several replicas over simulated streams, under thousands of seeded schedules of
-//! faults. Time is tokio's paused clock, so half an hour passes in milliseconds.
+//! Runs the outboxes of several replicas on simulated streams, under thousands of seeded schedules
+//! of faults. tokio's clock is paused, so half an hour passes in milliseconds.
 //!
-//! A failure prints its seed. This runs the schedule of that seed alone:
+//! A failure prints its seed. This command runs only the schedule of that seed:
 //! `EVENODD_SEED=<seed> cargo test --package multiplier --test simulation`.
 
 #![allow(
@@ -35,50 +35,51 @@ const SCHEDULES: u64 = 10_000;
 /// When a schedule begins, since the Unix epoch.
 const EPOCH: Duration = Duration::from_secs(1_800_000_000);
 const ACK_TIMEOUT: Duration = Duration::from_millis(500);
-/// What began this long before the faults ended was not given up.
+/// A slot that began less than this before the faults ended was not given up.
 const NOT_GIVEN_UP: Duration = Duration::from_secs(9 * 60);
-/// How long a replica that starts may have to wait until its clock is later than what is stored.
+/// How long a starting replica may have to wait until its clock has passed the stored slots.
 const WAIT: Duration = Duration::from_secs(10);
 const HOUR_MS: i64 = 3_600_000;
-/// Longer than a stream remembers message ids.
+/// A clock set back by more than the duplicate window.
 const BACK_MS: i64 = -780_000;
 
-/// Mistakes that somebody could make, made on purpose.
+/// Deliberate programming mistakes, which the checks must detect.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mistake {
     None,
-    /// A replica goes on with its own draw and not with the one that is stored.
+    /// A replica continues with its own draw instead of the stored one.
     OwnDraw,
     DrawWithoutId,
     NumberWithoutId,
-    /// What was not acknowledged is not published again.
+    /// A publication without an acknowledgement is not retried.
     DrawOnce,
     NumberOnce,
-    /// What was not acknowledged is published again later, after what has come since.
+    /// A publication without an acknowledgement is retried later, after those of later slots.
     RetryLater,
-    /// A clock that is behind what is stored does not wait.
+    /// A replica whose clock is behind the stored slots does not wait.
     IgnoreStoredSlots,
 }
 
-/// A stream: what it promises, and how it may fail.
+/// A simulated stream, with its guarantees and its possible faults.
 #[derive(Default)]
 struct Stream {
     stored: Vec<Entry>,
     ids: BTreeMap<Slot, (Instant, u64)>,
     in_process: BTreeSet<Slot>,
-    /// Until when it has no leader, and how often it has lost one.
+    /// Until when the stream has no leader, and how often it has lost one.
     leaderless: Option<Instant>,
     elections: u32,
 }
 
 impl Stream {
-    /// The message with this id, as long as the stream remembers it.
+    /// The message with this id, if the stream still remembers the id.
     fn find(&self, slot: Slot) -> Option<Ack> {
         let (at, sequence) = *self.ids.get(&slot)?;
         (at.elapsed() < DUPLICATE_WINDOW).then_some(Ack { sequence, duplicate: true })
     }
 
-    /// The last messages; the newest slot is among them, however late others came.
+    /// The last messages: enough of them to include the latest slot, even if older slots were
+    /// stored after it.
     fn latest(&self) -> Vec<Entry> {
         self.stored[self.stored.len().saturating_sub(16)..].to_vec()
     }
@@ -96,20 +97,20 @@ impl Stream {
     }
 }
 
-/// One start of a multiplier.
+/// A replica of the multiplier. Each start makes a new one.
 struct Replica {
     hear: UnboundedSender<Entry>,
     offset_ms: Arc<Mutex<i64>>,
-    /// Its clock is right within some seconds and was never changed.
+    /// Whether its clock is right within some seconds and was never changed.
     is_steady: bool,
     started: Instant,
     task: JoinHandle<()>,
     is_alive: bool,
-    /// Until when nothing reaches it.
+    /// Until when it is cut off from the network.
     cut_off: Option<Instant>,
-    /// The times in which nothing reached it, since the Unix epoch.
+    /// When it was cut off, since the Unix epoch.
     cuts: Vec<(Duration, Duration)>,
-    /// The slots for which it has offered a draw, and of all it has published, in its order.
+    /// The slots for which it has published a draw, and the slots of all its publications in order.
     drawn: BTreeSet<Slot>,
     published: Vec<Slot>,
 }
@@ -118,13 +119,13 @@ struct State {
     random: StdRng,
     ticks: Stream,
     numbers: Stream,
-    /// By how much the brokers' clock is behind.
+    /// How far the brokers' clock is behind.
     brokers_behind: Duration,
-    /// Whether a clock was ever further ahead of the others than they tolerate.
+    /// Whether any clock was ever further ahead of the others than the multipliers tolerate.
     has_far_ahead: bool,
-    /// The share of messages that are lost, late or repeated.
+    /// The probability that a message is lost. It is as likely to be late, and to be repeated.
     loss: f64,
-    /// Until when there is no generator of the one and of the other parity.
+    /// Until when no even and no odd generator is available.
     away: [Option<Instant>; 2],
     replicas: Vec<Replica>,
 }
@@ -158,7 +159,7 @@ fn pending(until: Option<Instant>) -> bool {
 impl Simulation {
     fn new(seed: u64, mistake: Mistake) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
-        // With the longer one, outages outlast the duplicate window.
+        // With the longer slot, outages outlast the duplicate window.
         let length = if random.random_bool(0.8) { "500" } else { "60000" };
         let is_short = length == "500";
         let brokers_behind = if is_short { [0, 0, 0, 0, 30][random.random_range(0..5)] } else { 0 };
@@ -190,7 +191,7 @@ impl Simulation {
         sleep(pause).await;
     }
 
-    /// A multiplier starts.
+    /// Starts a multiplier.
     fn start(&self, offset_ms: i64) {
         let offset = Arc::new(Mutex::new(offset_ms));
         let clock = Clock::new(self.length, {
@@ -232,7 +233,7 @@ impl Simulation {
         });
     }
 
-    /// A publication arrives at a stream.
+    /// Delivers a publication to a stream.
     async fn arrive(
         self,
         subject: &'static str,
@@ -272,7 +273,7 @@ impl Simulation {
         if led {
             stream.in_process.remove(&slot);
         }
-        // What a lost leader had proposed may be committed by the next one, which knows all ids.
+        // The next leader may commit what a lost one had proposed. It knows all ids.
         if (!led && !survives) || (stream.find(slot).is_some() && !without_id) {
             return;
         }
@@ -290,7 +291,8 @@ impl Simulation {
         }
     }
 
-    /// Faults, one after the other, and then a time without any. Returns when the faults ended.
+    /// Causes faults one after the other, and then lets some time pass without faults. Returns when
+    /// the faults ended.
     async fn run(&self) -> Duration {
         let slot = self.length.duration();
         let replicas = self.lock().random.random_range(2..=5);
@@ -304,7 +306,7 @@ impl Simulation {
             sleep(slot.mul_f64(pause)).await;
             self.fault();
         }
-        // Everybody who is still there is well from now on, and there is somebody.
+        // From here on all surviving replicas are healthy, and there is at least one.
         {
             let mut state = self.lock();
             state.loss = 0.0;
@@ -315,7 +317,7 @@ impl Simulation {
         }
         self.start(0);
         let ended = self.now();
-        // A late clock, a late message, and then a backlog.
+        // Time for a late clock, for a late message, and then for the backlog.
         sleep(Duration::from_secs(15) + 2 * slot).await;
         for replica in &self.lock().replicas {
             replica.task.abort();
@@ -327,9 +329,11 @@ impl Simulation {
         let mut state = self.lock();
         match state.random.random_range(0..20) {
             0 => BACK_MS,
-            // In long slots a schedule would reach what is drawn ahead of time.
+            // With long slots the schedule would last until the slots that were drawn ahead of
+            // time.
             1 if self.length == SlotLength::DEFAULT => HOUR_MS,
-            // Together with an outage of ten minutes this would be too much (docs/adr/0001).
+            // Not together with an outage of ten minutes, which is a known exception
+            // (docs/adr/0001).
             2 | 3 if self.length == SlotLength::DEFAULT => {
                 [12_000, 20_000, 60_000, 300_000][state.random.random_range(0..4)]
             }
@@ -346,7 +350,7 @@ impl Simulation {
             state.random.random_range(0..len)
         };
         let seconds = [1, 4, 9, 20, 200, 700][state.random.random_range(0..6)];
-        // In long slots an outage may outlast the duplicate window.
+        // Only with long slots may an outage outlast the duplicate window.
         let seconds = if self.length == SlotLength::DEFAULT { seconds.min(20) } else { seconds };
         let until = Some(Instant::now() + Duration::from_secs(seconds));
         match kind {
@@ -386,7 +390,7 @@ impl Simulation {
         }
     }
 
-    /// What is wrong with the outcome.
+    /// Checks the outcome. The error says what is wrong with it.
     fn check(&self, faults_ended: Duration) -> Result<(), String> {
         let state = self.lock();
         let mut draws = BTreeMap::new();
@@ -402,10 +406,10 @@ impl Simulation {
             let slot: Slot = entry.message_id.as_ref().unwrap().parse().unwrap();
             let number = Product::decode(&entry.payload).unwrap();
             if draws.get(&slot).and_then(Draw::due) != Some(number) {
-                return Err(format!("not the number of its draw: slot {slot}"));
+                return Err(format!("not the product of its draw: slot {slot}"));
             }
             if !numbers.insert(slot) {
-                return Err(format!("two numbers: slot {slot}"));
+                return Err(format!("two products: slot {slot}"));
             }
         }
         for replica in &state.replicas {
@@ -423,9 +427,9 @@ impl Simulation {
             draw.due().is_some() && recent(slot) && !numbers.contains(slot) && knew(slot)
         });
         if let Some(draw) = lost {
-            return Err(format!("a number is lost: slot {}", draw.slot));
+            return Err(format!("a product is lost: slot {}", draw.slot));
         }
-        // The replica that started last is well, and goes on whatever has been.
+        // The replica that started last is healthy, and must draw whatever happened before.
         let margin = Duration::from_secs(3);
         let from = self.length.slot_at(faults_ended + WAIT).next().next();
         let to = self.length.slot_at(self.now() - margin);
@@ -433,16 +437,17 @@ impl Simulation {
             return Err(format!("no draw: slot {slot}, long after the faults"));
         }
         let steady = state.replicas.iter().filter(|r| r.is_alive && r.is_steady);
-        // One whose clock is far ahead takes slots that those behind it still have before them.
+        // A replica whose clock is far ahead draws slots that are still to come for the others.
         for replica in steady.filter(|_| !state.has_far_ahead) {
-            // Its clock may be up to 4 s off. If it came later, it had to wait for the slots that one
-            // whose clock was ahead had drawn already.
+            // Its clock may be up to 4 s off. A replica that started later had to wait until its
+            // clock passed the slots that a clock ahead of it had already drawn.
             let late = replica.started > self.begun;
             let wait = Duration::from_secs(5) + if late { WAIT } else { Duration::ZERO };
             let from = EPOCH + (replica.started - self.begun) + wait;
             let from = self.length.slot_at(from).next();
             let to = self.length.slot_at(faults_ended.saturating_sub(Duration::from_secs(5)));
-            // It must know what is stored to begin a slot, and is told some seconds after a cut.
+            // A replica begins no slot before it knows what is stored. After a cut it learns that
+            // within seconds.
             let margin = Duration::from_secs(5);
             let was_there = |slot: &Slot| {
                 let began = self.length.start_of(*slot);
@@ -462,7 +467,7 @@ impl Simulation {
     }
 }
 
-/// What connects one replica to the streams and the generators.
+/// The simulated network between one replica, the streams and the generators.
 #[derive(Clone)]
 struct Wires {
     simulation: Simulation,
@@ -474,7 +479,8 @@ impl Wires {
         pending(self.simulation.lock().replicas[self.n].cut_off)
     }
 
-    /// Publishes once. The message or its acknowledgement may be lost, late, or come twice.
+    /// Publishes once. The message may be lost, late or repeated, and the acknowledgement may be
+    /// lost.
     async fn send(
         &self,
         subject: &'static str,
@@ -509,7 +515,7 @@ impl Wires {
             }
         }
         let failed = || PublishError::Failed("no answer in time".to_owned());
-        // A sender that is dropped is an answer that never comes.
+        // A dropped sender means that the answer never arrives.
         let answer = async {
             match answer.await {
                 Ok(answer) => answer,
@@ -541,7 +547,7 @@ impl World for Wires {
         let result = self.send(subject, slot, payload.clone()).await;
         match (self.simulation.mistake, subject, &result) {
             (Mistake::OwnDraw, subjects::DRAW, Ok(ack)) => Ok(Ack { duplicate: false, ..*ack }),
-            // It goes on as if all were well, with a draw that cannot be read.
+            // The outbox continues as if the draw were stored, but cannot read it.
             (Mistake::DrawOnce, subjects::DRAW, Err(_)) => Ok(Ack { sequence: 0, duplicate: true }),
             (Mistake::NumberOnce, subjects::PUBLISH, Err(_)) => {
                 Ok(Ack { sequence: 0, duplicate: false })
@@ -560,7 +566,7 @@ impl World for Wires {
     }
 
     async fn latest(&self) -> Result<Vec<Entry>, ReadError> {
-        // It is told by the read whether there is an answer.
+        // This read decides whether there is an answer.
         self.get(1).await?;
         Ok(match self.simulation.mistake {
             Mistake::IgnoreStoredSlots => Vec::new(),
@@ -574,7 +580,7 @@ impl World for Wires {
 }
 
 impl Wires {
-    /// A direct get. The replica of the stream that answers may be behind.
+    /// A direct get. The replica of the stream that answers may lag.
     async fn get(&self, sequence: u64) -> Result<Option<Entry>, ReadError> {
         self.simulation.pause(0, 3).await;
         let cut_off = self.is_cut_off();
@@ -593,7 +599,7 @@ impl Wires {
     }
 }
 
-/// What one schedule ends with: all that is stored and when, and what is wrong with it.
+/// The result of a schedule: the entries of both streams, and what is wrong with them.
 type Ended = (Vec<Entry>, Vec<Entry>, Result<(), String>);
 
 fn schedule(seed: u64, mistake: Mistake) -> Ended {
@@ -608,7 +614,7 @@ fn schedule(seed: u64, mistake: Mistake) -> Ended {
 }
 
 #[test]
-fn nothing_is_lost_or_doubled_whatever_happens() {
+fn no_product_is_lost_or_stored_twice_under_any_faults() {
     let chosen = std::env::var("EVENODD_SEED").map(|seed| seed.parse().unwrap());
     let seeds = chosen.map_or(0..SCHEDULES, |seed: u64| seed..seed + 1);
     let begun = std::time::Instant::now();
@@ -626,32 +632,35 @@ fn nothing_is_lost_or_doubled_whatever_happens() {
     let (draws, numbers) = *stored.lock().unwrap();
     let schedules = seeds.end - seeds.start;
     println!(
-        "{schedules} schedules, {:.0} a second: {draws} draws, {numbers} numbers",
+        "{schedules} schedules, {:.0} a second: {draws} draws, {numbers} products",
         schedules as f64 / begun.elapsed().as_secs_f64()
     );
     assert!(numbers > 0 && numbers < draws);
 }
 
-/// Each property can fail: somebody who makes the mistake is found out.
+/// Each check can fail: it detects the mistake that it is there for.
 #[test]
-fn every_mistake_is_found() {
+fn every_mistake_is_detected() {
     for (mistake, found_by) in [
-        (Mistake::OwnDraw, "not the number of its draw"),
+        (Mistake::OwnDraw, "not the product of its draw"),
         (Mistake::DrawWithoutId, "two draws"),
-        (Mistake::NumberWithoutId, "two numbers"),
+        (Mistake::NumberWithoutId, "two products"),
         (Mistake::DrawOnce, "no draw"),
-        (Mistake::NumberOnce, "a number is lost"),
+        (Mistake::NumberOnce, "a product is lost"),
         (Mistake::RetryLater, "not in the order"),
         (Mistake::IgnoreStoredSlots, "two draws"),
     ] {
         let found = (0..1000)
             .find(|&seed| schedule(seed, mistake).2.is_err_and(|what| what.starts_with(found_by)));
-        println!("{mistake:?}: {found_by}, with seed {:?}", found.expect("it is not found"));
+        println!(
+            "{mistake:?}: {found_by}, with seed {:?}",
+            found.expect("no seed detects the mistake")
+        );
     }
 }
 
 #[test]
-fn a_seed_is_a_schedule() {
+fn the_same_seed_gives_the_same_schedule() {
     for seed in 0..50 {
         assert_eq!(schedule(seed, Mistake::None), schedule(seed, Mistake::None));
     }

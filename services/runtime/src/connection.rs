@@ -1,4 +1,4 @@
-//! The connection to NATS: named, kept up for ever, and every change of it logged.
+//! The connection to NATS. It reconnects for ever and logs every change of its state.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,40 +12,44 @@ use tracing::{debug, info, warn};
 
 use crate::settings::NatsSettings;
 
-/// A broker that does not answer two pings in a row is given up for another one.
+/// After two unanswered pings the client leaves the broker for another one.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(2);
-/// For requests that do not set a time-out of their own.
+/// For requests that do not set a timeout of their own.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
-/// Commands (publish, subscribe) that wait for the connection; more wait in their callers.
+/// The most commands (publish, subscribe) that wait for the connection. The callers of further ones
+/// wait.
 const COMMAND_CAPACITY: usize = 1024;
-/// Messages that wait for a subscriber; more are dropped and logged as a slow consumer.
+/// The most messages that wait for a subscriber. The client drops further ones and reports a slow
+/// consumer.
 const SUBSCRIPTION_CAPACITY: usize = 8192;
-/// The greatest pause between two attempts to connect.
+/// The longest pause between two attempts to connect.
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
 
-/// Connects in the background and at once returns the client, which keeps trying for ever.
+/// Returns the client at once. It connects in the background and retries for ever.
 ///
-/// `name` is what the broker's monitoring shows, and `user` the service's user: replies to it
-/// come on `_INBOX_<user>.>`, so that no service can be permitted to read another's.
+/// `name` is shown in the broker's monitoring. `user` is the user of the service: its replies
+/// arrive on `_INBOX_<user>.>`, which the broker's permissions hide from other services.
 ///
 /// # Errors
-/// If the settings cannot be used at all. A broker that is not there is no error.
+/// If the settings are unusable. An unreachable broker is not an error.
 pub async fn connect(settings: &NatsSettings, user: &str, name: &str) -> anyhow::Result<Client> {
     let servers = settings
         .nats
         .iter()
-        // Never the whole URL: it may hold a password.
+        // Not the whole URL, which may contain a password.
         .map(|server| format!("{}:{}", server.host(), server.port()))
         .collect::<Vec<_>>()
         .join(", ");
     info!(%servers, "connecting to NATS");
-    // What lasts is told once for each connection, not at every attempt and every message.
+    // A lasting fault is logged once for each connection, not at every attempt or message.
     let told = Arc::new(AtomicBool::new(false));
-    // The client does not tell a certificate that it does not trust from a server that is not there.
+    // The client reports an untrusted certificate and an unreachable server in the same way.
     let unreachable = match settings.credentials.tls_ca {
-        Some(_) => "cannot reach NATS, or --tls-ca has not signed its certificate; trying for ever",
-        None => "cannot reach NATS; trying for ever",
+        Some(_) => {
+            "cannot reach NATS, or --tls-ca has not signed its certificate; retrying for ever"
+        }
+        None => "cannot reach NATS; retrying for ever",
     };
     let latest = Mutex::new(None);
     let options = settings.credentials.apply(ConnectOptions::new());
@@ -70,36 +74,36 @@ pub async fn connect(settings: &NatsSettings, user: &str, name: &str) -> anyhow:
     Ok(options.connect(&settings.nats).await?)
 }
 
-/// Whether the client is connected at this moment. What is sent while it is not waits in the
-/// client and comes out late, so whoever has something that ages looks here first.
+/// Whether the client is connected at this moment. While it is not, it queues messages and sends
+/// them late. Callers whose messages must not be late check this first.
 #[must_use]
 pub fn is_connected(client: &Client) -> bool {
     client.connection_state() == State::Connected
 }
 
-/// A request with an inbox of its own and no time-out: the caller has one.
+/// A request with an inbox of its own and no timeout: the caller sets one.
 ///
-/// The client remembers a request on its shared inbox until the answer comes, for ever if none
-/// does. An inbox of its own is forgotten when the caller stops waiting.
+/// The client remembers a request on its shared inbox until the answer arrives, even if none ever
+/// does. It forgets a separate inbox when the caller stops waiting.
 #[must_use]
 pub fn request(client: &Client) -> Request {
     Request::new().inbox(inbox(client)).timeout(None)
 }
 
-/// A subject for answers that nobody can guess. The client's own ones count up, so that whoever has
-/// answered two requests would know where the answer to the next one is expected.
+/// An unpredictable subject for answers. The client numbers its own inboxes in sequence: a
+/// responder that has seen two of them could guess the next one.
 #[must_use]
 pub fn inbox(client: &Client) -> String {
     format!("{}.{:032x}", client.new_inbox(), rand::random::<u128>())
 }
 
-/// Waits for the connection, at most for `limit`. Whether it is there.
+/// Waits up to `limit` for the connection. Returns whether it is established.
 pub async fn wait_until_connected(client: &Client, limit: Duration) -> bool {
-    // The client flushes once it is connected.
+    // A flush completes only once the client is connected.
     tokio::time::timeout(limit, client.flush()).await.is_ok_and(|flushed| flushed.is_ok())
 }
 
-/// Back-off with full jitter: at once, then up to 50, 100, 200 … 2000 ms.
+/// Back-off with jitter: no delay, then up to 50, 100, 200 … 2000 ms.
 fn reconnect_delay(attempts: usize) -> Duration {
     if attempts <= 1 {
         return Duration::ZERO;
@@ -109,7 +113,8 @@ fn reconnect_delay(attempts: usize) -> Duration {
     ceiling.mul_f64(rand::random_range(0.1..=1.0))
 }
 
-/// Any server but the latest one: that one was just lost, or did not let the client in.
+/// Chooses a server at random. The latest one comes last, because the client just lost it or was
+/// refused by it. Among the others, those with the fewest failed attempts come first.
 fn next_server(
     mut servers: Vec<Server>,
     latest: &Mutex<Option<ServerAddr>>,
@@ -118,14 +123,14 @@ fn next_server(
     servers.shuffle(&mut rand::rng());
     servers.sort_by_key(|server| (latest.as_ref() == Some(&server.addr), server.failed_attempts));
     *latest = servers.into_iter().next().map(|server| server.addr);
-    // Without a delay of its own it is `reconnect_delay`.
+    // Without a delay here, `reconnect_delay` applies.
     latest.clone().map(|addr| ReconnectToServer { addr, delay: None })
 }
 
-const REFUSED: &str = "the NATS server refuses; is --nkey the key of this service?";
+const REFUSED: &str = "the NATS server refuses access; is --nkey the key of this service?";
 
-/// The client has no kind of its own for what the server calls a violation, of authorization or of
-/// permissions.
+/// The client has no error kind for a violation of authorization or of permissions, so this goes by
+/// the server's text.
 fn is_refusal(error: &impl ToString) -> bool {
     error.to_string().to_lowercase().contains("violation")
 }
@@ -142,12 +147,12 @@ fn log_event(event: &Event, servers: &str, unreachable: &str, told: &AtomicBool)
         Event::ClientError(error) => debug!(%error, "NATS connection"),
         Event::Disconnected => warn!("disconnected from NATS; reconnecting"),
         Event::ServerError(error) if is_refusal(error) => warn!(%error, "{REFUSED}"),
-        Event::ServerError(error) => warn!(%error, "the NATS server complains"),
-        Event::LameDuckMode => info!("the NATS server is about to stop; moving to another"),
+        Event::ServerError(error) => warn!(%error, "the NATS server reports an error"),
+        Event::LameDuckMode => info!("the NATS server is shutting down; moving to another one"),
         Event::Draining | Event::Closed => debug!(%event, "NATS connection"),
-        // There is one for every message that is dropped.
+        // The client emits this event for every message that it drops.
         Event::SlowConsumer(_) if !told.swap(true, Ordering::Relaxed) => {
-            warn!(%event, "messages come faster than they are taken; some are dropped");
+            warn!(%event, "messages arrive faster than they are processed; some are dropped");
         }
         Event::SlowConsumer(_) => debug!(%event, "NATS connection"),
     }
@@ -158,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn back_off_is_bounded_and_spread() {
+    fn back_off_is_bounded_and_has_jitter() {
         assert_eq!(reconnect_delay(1), Duration::ZERO);
         for attempts in 2..100 {
             let delay = reconnect_delay(attempts);

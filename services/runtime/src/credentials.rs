@@ -1,4 +1,5 @@
-//! Who a process is to the broker, and how it knows that the broker is the right one.
+//! The key with which a process authenticates to the broker, and the authority whose broker
+//! certificates it trusts.
 
 use std::path::{Path, PathBuf};
 
@@ -9,20 +10,20 @@ use async_nats::rustls::pki_types::pem::PemObject;
 use clap::Args;
 use nkeys::{KeyPair, KeyPairType};
 
-/// Neither is needed on a broker that listens on loopback alone.
+/// The credentials for the broker. `evenodd up` needs none: its broker listens on loopback only.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Credentials {
-    /// The file with the seed of this user's nkey, as `evenodd keys` or `nsc` makes it
+    /// File with the seed of this user's nkey, as `evenodd keys` or `nsc` makes it
     #[arg(long, env = "EVENODD_NKEY", value_name = "FILE", value_parser = nkey)]
     nkey: Option<KeyPair>,
 
-    /// Insist on TLS, with a certificate that this authority has signed: a file in PEM
+    /// Require TLS and a broker certificate that this authority has signed: a PEM file
     #[arg(long, env = "EVENODD_TLS_CA", value_name = "FILE", value_parser = authority)]
     pub(crate) tls_ca: Option<PathBuf>,
 }
 
 impl Credentials {
-    /// Adds them to the options of a connection.
+    /// Adds the credentials to the options of a connection.
     pub(crate) fn apply(&self, mut options: ConnectOptions) -> ConnectOptions {
         // A key that was made of a seed has one.
         if let Some(seed) = self.nkey.as_ref().and_then(|nkey| nkey.seed().ok()) {
@@ -39,8 +40,8 @@ fn nkey(file: &str) -> Result<KeyPair, String> {
     let content = std::fs::read_to_string(file).map_err(|e| e.to_string())?;
     match KeyPair::from_seed(content.trim()) {
         Ok(key) if key.key_pair_type() == KeyPairType::User => Ok(key),
-        Ok(_) => Err("it holds the seed of an nkey, but not of a user (SU...)".to_owned()),
-        Err(_) => Err("it holds no seed of an nkey (SU...)".to_owned()),
+        Ok(_) => Err("the file holds the seed of an nkey, but not of a user (SU...)".to_owned()),
+        Err(_) => Err("the file holds no seed of an nkey (SU...)".to_owned()),
     }
 }
 
@@ -54,7 +55,7 @@ fn authority(file: &str) -> Result<PathBuf, String> {
         store.add(certificate).map_err(|e| e.to_string())?;
     }
     if store.is_empty() {
-        return Err("it holds no certificate in PEM".to_owned());
+        return Err("the file holds no certificate in PEM format".to_owned());
     }
     Ok(path.to_owned())
 }

@@ -1,5 +1,5 @@
-//! Whether a service is well, for a container's health check: a page that says so, and the
-//! subcommand `healthcheck` that asks for it.
+//! Health checks for containers: the page `/healthz`, and the subcommand `healthcheck` that
+//! requests it.
 
 use std::convert::Infallible;
 use std::io::{Read, Write};
@@ -18,13 +18,13 @@ use tokio::net::TcpListener;
 
 use crate::connection;
 
-/// How long a question and its answer may take.
+/// How long a request and its response may take.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// For a service that serves no HTTP of its own.
+/// For services without an HTTP API of their own.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct HealthSettings {
-    /// Answer `GET /healthz` here: 200, or 503 without a connection to NATS
+    /// Answer `GET /healthz` on this address: 200, or 503 without a connection to NATS
     #[arg(long, env = "EVENODD_HEALTH", value_name = "ADDRESS:PORT")]
     pub health: Option<SocketAddr>,
 }
@@ -38,7 +38,7 @@ pub(crate) async fn listen(address: Option<SocketAddr>) -> anyhow::Result<Option
     Ok(Some(listener))
 }
 
-/// Answers for as long as the service runs, one request at a time.
+/// Answers one request at a time, for as long as the service runs.
 pub(crate) async fn serve(listener: Option<TcpListener>, client: Client) -> Infallible {
     let Some(listener) = listener else { return std::future::pending().await };
     let answer = service_fn(async |_| {
@@ -56,24 +56,25 @@ pub(crate) async fn serve(listener: Option<TcpListener>, client: Client) -> Infa
             continue;
         };
         let connection = builder.serve_connection(TokioIo::new(stream), &answer);
-        // A malformed or slow request gets no answer.
+        // An error or a timeout concerns only this connection.
         let _ = tokio::time::timeout(TIMEOUT, connection).await;
     }
 }
 
-/// The whole of `healthcheck`: status 0 if the page says so, 1 if not.
+/// Runs `healthcheck`: prints the response, and returns status 0 if it was a 200 and 1 otherwise.
 pub(crate) fn check(page: Option<(SocketAddr, &'static str)>) -> ExitCode {
-    let answer = page.context("there is nothing to ask: set --health").and_then(ask);
+    let answer = page.context("there is no health page to request: set --health").and_then(ask);
     let (status, text) = match answer {
         Ok(text) => (ExitCode::SUCCESS, text),
         Err(error) => (ExitCode::FAILURE, format!("{error:#}")),
     };
-    // Docker keeps this and shows it with `docker inspect`.
+    // `docker inspect` shows this output.
     let _ = writeln!(std::io::stdout(), "{text}");
     status
 }
 
-/// The text of a page with status 200; the text of any other is an error.
+/// Requests a page, and returns its body if the status is 200. The body of any other response
+/// becomes the error.
 fn ask((mut address, path): (SocketAddr, &'static str)) -> anyhow::Result<String> {
     if address.ip().is_unspecified() {
         address.set_ip(IpAddr::V4(Ipv4Addr::LOCALHOST));

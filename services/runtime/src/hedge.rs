@@ -1,5 +1,5 @@
-//! Hedged requests: while one is not answered another one is sent, which most likely reaches another
-//! replica. So a replica that is frozen or lost costs one pause.
+//! Hedged requests: while a request is unanswered, another one is sent, which most likely reaches
+//! another replica. A replica that is frozen or lost therefore costs one pause.
 
 use std::future::Future;
 use std::time::Duration;
@@ -8,8 +8,8 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::time::{MissedTickBehavior, interval};
 
-/// Makes an attempt, and one more after each `pause`, up to `limit` of them, until one returns a value.
-/// `None` if none does. All attempts that have begun run on until then.
+/// Makes an attempt, and another one after each `pause`, up to `limit` in all. Returns the first
+/// value, or `None` if no attempt returns one. Earlier attempts keep running meanwhile.
 pub async fn hedged<T, F: Future<Output = Option<T>>>(
     pause: Duration,
     limit: usize,
@@ -41,7 +41,7 @@ mod tests {
     const PAUSE: Duration = Duration::from_millis(20);
 
     #[tokio::test(start_paused = true)]
-    async fn the_first_value_counts_and_a_silent_replica_costs_one_pause() {
+    async fn the_first_value_is_returned_and_a_silent_replica_costs_one_pause() {
         let begun = Instant::now();
         let mut attempts = 0;
         let value = hedged(PAUSE, 5, || {
@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn after_the_last_attempt_there_is_no_value() {
+    async fn there_is_no_value_if_every_attempt_fails() {
         let mut attempts = 0;
         let value: Option<()> = hedged(PAUSE, 3, || {
             attempts += 1;

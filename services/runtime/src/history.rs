@@ -1,5 +1,5 @@
-//! Reading a stream by direct get (NATS ADR-31): any replica answers, nothing is left behind on
-//! the server, and the cost does not depend on where in the stream one reads.
+//! Reads a stream by direct get (NATS ADR-31). Any replica of the stream answers, a read can begin
+//! at any position, and it leaves no state behind on the server.
 
 use std::time::Duration;
 
@@ -15,19 +15,19 @@ use tokio::time::timeout;
 use crate::connection;
 use crate::hedge::hedged;
 
-/// The most messages that one batch may ask for.
+/// The most messages that one read may request.
 pub const MAX_BATCH: usize = 1000;
 
-/// How long a replica may be silent before it is given up.
+/// How long a replica may be silent before the request fails.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// When it has not answered after this time, the read is asked for once more, and most likely from
-/// another replica. The first answer counts.
+/// If the answer is not complete after this time, the read is requested once more, most likely from
+/// another replica. The first complete answer counts.
 const HEDGE: Duration = Duration::from_millis(150);
-/// How often one read is asked for: one of three replicas that is silent gets all of these requests
-/// once in 243 times.
+/// How often one read is requested. If one of three replicas is silent, all five requests reach it
+/// once in 243 reads.
 const TRIES: usize = 5;
 
-/// Statuses in place of a message: no (further) message; nobody listens.
+/// Statuses that come in place of a message: no further message, no message, no responders.
 const END_OF_BATCH: u16 = 204;
 const NOT_FOUND: u16 = 404;
 const NO_RESPONDERS: u16 = 503;
@@ -35,36 +35,36 @@ const NO_RESPONDERS: u16 = 503;
 /// A stored message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Its place in the stream; the first message has 1.
+    /// Its sequence in the stream. The first message has 1.
     pub sequence: u64,
     /// When the stream stored it.
     pub time: OffsetDateTime,
     /// The `Nats-Msg-Id` it was published with.
     pub message_id: Option<String>,
-    /// What was published, not yet decoded.
+    /// The payload, not decoded.
     pub payload: Bytes,
 }
 
-/// Why a read failed. It may be tried again.
+/// Why a read failed. The caller may retry.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// No replica answered in time.
     #[error("stream {0}: no answer in time")]
     TimedOut(&'static str),
-    /// Nobody serves the stream: it does not exist, or `JetStream` is not up.
+    /// No server answers for the stream: it does not exist, or `JetStream` is not up.
     #[error("stream {0} is not there: is JetStream up, and did `evenodd provision` run?")]
     NoStream(&'static str),
-    /// An answer that is not one of a direct get.
+    /// The answer is not a valid answer to a direct get.
     #[error("stream {0}: {1}")]
     Unexpected(&'static str, String),
 }
 
-/// Where to begin.
+/// Where a read begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// With this sequence, or the next one that there is.
+    /// At this sequence, or at the next one that exists.
     Sequence(u64),
-    /// With the first message that was stored at this time or later.
+    /// At the first message that was stored at this time or later.
     Time(OffsetDateTime),
 }
 
@@ -74,11 +74,11 @@ impl From<u64> for Start {
     }
 }
 
-/// Up to `limit` messages (1 to [`MAX_BATCH`]) from `start` on, in order. Fewer, or none,
-/// if the stream, or the replica that answers, has no more yet.
+/// Reads up to `limit` messages (1 to [`MAX_BATCH`]) from `start` on, in order. Returns fewer, or
+/// none, if the stream has no more, or if the answering replica lags behind.
 ///
 /// # Errors
-/// [`ReadError`] after five tries.
+/// [`ReadError::TimedOut`] after five requests without an answer. Any other [`ReadError`] at once.
 pub async fn read(
     client: &Client,
     stream: &'static str,
@@ -101,10 +101,10 @@ pub async fn read(
     ask(client, stream, request).await
 }
 
-/// The last message of a stream, if there is one.
+/// Reads the last message of a stream, if there is one.
 ///
 /// # Errors
-/// [`ReadError`] after five tries.
+/// As [`read`].
 pub async fn last(client: &Client, stream: &'static str) -> Result<Option<Entry>, ReadError> {
     let entries = ask(client, stream, json!({ "last_by_subj": ">" })).await?;
     Ok(entries.into_iter().next())
@@ -115,7 +115,7 @@ async fn ask(
     stream: &'static str,
     request: serde_json::Value,
 ) -> Result<Vec<Entry>, ReadError> {
-    // Without a batch size the one message is the whole answer, and no end follows it.
+    // Without a batch size the answer is one message, and no end marker follows it.
     let single = request.get("batch").is_none();
     let payload = Bytes::from(request.to_string());
     let read = hedged(HEDGE, TRIES, async || {
@@ -149,9 +149,9 @@ async fn ask_once(
         let message = timeout(PATIENCE, answers.next()).await.map_err(timed_out)?;
         let message = message.ok_or_else(|| unexpected("the connection was closed".to_owned()))?;
         match message.status.map(|status| status.as_u16()) {
-            // What is stored may have a status too: anything can be published.
+            // A stored message can have a status too, because its publisher chose the headers.
             _ if is_stored(&message) => entries.push(message.try_into().map_err(unexpected)?),
-            None => return Err(unexpected(format!("no header {NATS_SEQUENCE}"))),
+            None => return Err(unexpected(format!("the answer has no header {NATS_SEQUENCE}"))),
             Some(END_OF_BATCH | NOT_FOUND) => return Ok(entries),
             Some(NO_RESPONDERS) => return Err(ReadError::NoStream(stream)),
             Some(status) => {
@@ -192,7 +192,8 @@ impl Entry {
     }
 }
 
-/// The server adds its headers after those of the publisher, who may have sent the same.
+/// The last value of a header. The server adds its headers after those of the publisher, which may
+/// have the same names.
 fn header(headers: &HeaderMap, name: async_nats::HeaderName) -> Result<&str, String> {
     headers
         .get_last(name.clone())

@@ -1,7 +1,7 @@
-//! Publishing to a stream, and asking for its state: one request, one typed answer.
+//! Publishes to a stream and requests its state: one request, one typed answer.
 //!
-//! A plain request says more than the client's own `JetStream` context does, in less: its time-out
-//! is the caller's, every answer of the server keeps its code, and one that never comes leaves
+//! Plain requests have three advantages over the client's own `JetStream` context. The caller sets
+//! the timeout, every error keeps the server's code, and a request that is never answered leaves
 //! nothing behind (see [`connection::request`]).
 
 use std::fmt::Display;
@@ -19,35 +19,36 @@ use serde::de::DeserializeOwned;
 
 use crate::connection;
 
-/// The server is storing a message of the same id right now: 10158, on replicated streams.
+/// The server is storing a message with the same id at this moment. Only replicated streams report
+/// this.
 const ERROR_IN_PROCESS: u64 = 10158;
 
-/// What became of a message that the stream took.
+/// A stream's acknowledgement of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ack {
-    /// Where the message with this id is in the stream.
+    /// The sequence of the message with this id.
     pub sequence: u64,
-    /// Whether the stream had a message with this id already; it keeps that one.
+    /// Whether the stream already had a message with this id. It keeps the earlier one.
     pub duplicate: bool,
 }
 
-/// Why there is no acknowledgement. The message may be stored all the same; a retry with the same
-/// id is harmless.
+/// Why there is no acknowledgement. The stream may have stored the message anyway. A retry with the
+/// same id is harmless.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    /// The same id is being stored at this moment; ask again for the outcome.
+    /// A message with this id is being stored at this moment. A retry will tell the outcome.
     #[error("a message with this id is being stored at this moment")]
     InProcess,
-    /// Anything else, for a person: no answer in time, no stream, or a stream that refuses.
+    /// Any other error, as text: no answer in time, no stream, or a refusal.
     #[error("{0}")]
     Failed(String),
 }
 
-/// Publishes to the stream that listens on `subject`, with a message id (`Nats-Msg-Id`, NATS ADR-4),
-/// and waits for the acknowledgement.
+/// Publishes to the stream of a subject, with a message id (`Nats-Msg-Id`, NATS ADR-4), and waits
+/// for the acknowledgement.
 ///
 /// # Errors
-/// [`PublishError`], see there.
+/// [`PublishError`] if there is no acknowledgement.
 pub async fn publish(
     client: &Client,
     subject: &'static str,
@@ -72,18 +73,19 @@ pub async fn publish(
 #[error("stream {0} is not there; did `evenodd provision` run?")]
 pub struct NoStream(String);
 
-/// What the leader of a stream says of it.
+/// Requests the state of a stream from its leader.
 ///
 /// # Errors
-/// As [`api`]; also if there is no leader.
+/// As [`api`]. Also if the stream has no leader.
 pub async fn info(client: &Client, stream: &str, timeout: Duration) -> anyhow::Result<Info> {
     api(client, "STREAM.INFO", stream, Bytes::new(), timeout).await
 }
 
-/// A request of the `JetStream` API to a stream.
+/// Sends a request of the `JetStream` API for a stream.
 ///
 /// # Errors
-/// [`NoStream`] if that is the answer; also any other error, and no answer in time.
+/// [`NoStream`] if the stream does not exist. Also if the server reports another error, or does not
+/// answer in time.
 pub async fn api<T: DeserializeOwned>(
     client: &Client,
     verb: &str,
@@ -109,16 +111,16 @@ async fn answer<T: DeserializeOwned>(
     request: Request,
     timeout: Duration,
 ) -> Result<Response<T>, String> {
-    // The time-out covers the hand-over to the connection as well as the wait for the answer.
+    // The timeout covers the time until the connection takes the request, as well as the answer.
     let answer = tokio::time::timeout(timeout, client.send_request(subject.to_owned(), request))
         .await
         .map_err(|_| format!("no answer within {} ms", timeout.as_millis()))?
         .map_err(|e| match e.kind() {
             RequestErrorKind::NoResponders => {
-                "nobody answers: is JetStream up, and did `evenodd provision` run?".to_owned()
+                "no responders: is JetStream up, and did `evenodd provision` run?".to_owned()
             }
             _ => e.to_string(),
         })?;
     serde_json::from_slice(&answer.payload)
-        .map_err(|e| format!("the answer is not one of JetStream: {e}"))
+        .map_err(|e| format!("the answer is not a valid JetStream answer: {e}"))
 }

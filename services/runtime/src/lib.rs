@@ -1,5 +1,5 @@
-//! What every service needs to run, and no service's own business: settings, the connection,
-//! telemetry, shutdown, and the few requests to `JetStream` that more than one of them makes.
+//! What every service needs to run: settings, the connection, telemetry, shutdown, and the
+//! `JetStream` requests that more than one service makes. It knows no subjects and no slots.
 
 pub mod connection;
 mod credentials;

@@ -1,7 +1,7 @@
-//! A service of the NATS Services API (ADR-32): it answers `$SRV.PING`, `INFO` and `STATS`, so
-//! that `nats micro ls` and `nats micro stats` show every replica and what it did. Services that
-//! answer no requests are listed as well; docs/adr/0004 says why this is not the client's own
-//! implementation.
+//! A service of the NATS Services API (ADR-32). It answers `$SRV.PING`, `INFO` and `STATS`, and
+//! `nats micro ls` and `nats micro stats` show every replica with its statistics. Services that
+//! answer no other requests are listed as well. docs/adr/0004 explains why this does not use the
+//! client's own implementation.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,24 +15,24 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_util::task::AbortOnDropHandle;
 
-/// What a service tells about itself.
+/// How a service describes itself.
 #[derive(Clone, Copy, Debug)]
 pub struct Description {
     /// The kind of service; all its replicas share it.
     pub name: &'static str,
-    /// One sentence.
+    /// A short description.
     pub description: &'static str,
-    /// The version of the service (semantic).
+    /// The semantic version of the service.
     pub version: &'static str,
-    /// The subject that its work is about: the one it answers on, or else the one it writes or
-    /// reads. The statistics are about this.
+    /// The subject of the statistics: the one on which the service answers requests, or else the
+    /// one that it writes or reads.
     pub subject: &'static str,
-    /// The subjects to which no answer is sent. The sender of a request names the subject of the answer,
-    /// and could otherwise have the service write where the pipeline itself writes.
+    /// Whether the service must not reply to a subject. The requester chooses the reply subject,
+    /// and could otherwise make the service publish to a subject of the pipeline.
     pub reserved: fn(&str) -> bool,
 }
 
-/// What a replica did since it started.
+/// What a replica has done since it started.
 #[derive(Debug, Default)]
 pub struct Counters {
     requests: AtomicU64,
@@ -50,9 +50,9 @@ impl Counters {
     }
 }
 
-/// A replica that is announced for as long as this value lives.
+/// A replica, announced for as long as this value lives.
 pub struct Micro {
-    /// The id of the replica, unique for every start.
+    /// The id of the replica. Every start of a process has a new one.
     pub id: String,
     /// Its statistics.
     pub counters: Arc<Counters>,
@@ -79,7 +79,7 @@ pub async fn announce(client: &Client, about: Description) -> anyhow::Result<Mic
         async move {
             while let Some(question) = questions.next().await {
                 let answer = answer(&question, about, &id, &started, &counters);
-                // Without a connection nobody hears.
+                // Only a closed connection causes an error, and then the requester is gone too.
                 if let (Some(reply), Some(answer)) = (about.reply_subject(question), answer) {
                     let _ = client.publish(reply, answer.to_string().into()).await;
                 }
@@ -90,7 +90,7 @@ pub async fn announce(client: &Client, about: Description) -> anyhow::Result<Mic
 }
 
 impl Description {
-    /// Where the answer to a request goes, if one is waited for and may be sent there.
+    /// The reply subject of a request, if it has one and the service may reply to it.
     #[must_use]
     pub fn reply_subject(&self, request: Message) -> Option<Subject> {
         request.reply.filter(|reply| !(self.reserved)(reply))

@@ -1,5 +1,5 @@
-//! The shell of a service process: settings, logging, signals, the connection, and an end within
-//! bounds.
+//! The frame of a service process: settings, logging, signals, the connection, and a shutdown with
+//! a deadline.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -18,38 +18,38 @@ use tracing::{error, info};
 use crate::settings::CommonSettings;
 use crate::{connection, health, telemetry};
 
-/// A service that misses its deadline by this much is ended: it should have given up by itself, and
-/// have said on what.
+/// A service should give up at its deadline and report what it could not finish. If it misses the
+/// deadline by this much, the process ends without it.
 const OVERTIME: Duration = Duration::from_millis(500);
 
-/// A service: settings that know how to run.
+/// A service, defined by settings that can run it.
 pub trait Service: Parser {
-    /// What the service is called, which is also its user at the broker.
+    /// The name of the service, which is also its user at the broker.
     fn name(&self) -> &'static str;
 
     /// The settings that every service has.
     fn common(&self) -> &CommonSettings;
 
-    /// Where to answer `GET /healthz` for the service, if anywhere.
+    /// The address on which to answer `GET /healthz` for the service, if any.
     fn health(&self) -> Option<SocketAddr> {
         None
     }
 
-    /// The page that `healthcheck` asks.
+    /// The page that `healthcheck` requests, if any.
     fn health_page(&self) -> Option<(SocketAddr, &'static str)> {
         Some((self.health()?, "/healthz"))
     }
 
-    /// Checks what no setting can be checked for alone.
+    /// Checks whether the settings fit together.
     ///
     /// # Errors
-    /// What is wrong, for a person.
+    /// What is wrong, as a message for the user.
     fn check(&self) -> Result<(), String> {
         Ok(())
     }
 
     /// Does the service's work until the shutdown begins, then finishes what it has begun, by the
-    /// deadline. To return before the shutdown is a failure, whatever it returns.
+    /// deadline. Returning before the shutdown is a failure, even with `Ok`.
     fn run(
         self,
         client: Client,
@@ -57,7 +57,8 @@ pub trait Service: Parser {
     ) -> impl Future<Output = anyhow::Result<()>> + Send;
 }
 
-/// The end of a process: when it begins, and by when everything must be finished.
+/// The shutdown of a process: when it begins, and the deadline by which everything must be
+/// finished.
 #[derive(Clone, Debug)]
 pub struct Shutdown {
     begun: CancellationToken,
@@ -66,17 +67,17 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// One that leaves this much time once it begins.
+    /// A shutdown whose deadline is this long after it begins.
     #[must_use]
     pub fn new(drain: Duration) -> Self {
         Self { begun: CancellationToken::new(), deadline: Arc::default(), drain }
     }
 
-    /// One that the first SIGINT or SIGTERM begins. From here on, neither signal ends the process by
-    /// itself.
+    /// A shutdown that begins at the first SIGINT or SIGTERM. From now on, neither signal ends the
+    /// process by itself.
     ///
     /// # Errors
-    /// If the signals cannot be listened to.
+    /// If the process cannot listen for the signals.
     pub fn on_signal(drain: Duration) -> std::io::Result<Self> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
@@ -88,7 +89,7 @@ impl Shutdown {
                 _ = terminate.recv() => "SIGTERM",
             };
             begin.begin();
-            info!("{name}: finishing");
+            info!("{name}: shutting down");
         });
         Ok(shutdown)
     }
@@ -112,11 +113,11 @@ impl Shutdown {
     }
 }
 
-/// The whole of a service's `main`. Status 0 after a signal and a complete drain, 1 after a
-/// failure or a drain that took too long, 2 for wrong settings.
+/// The `main` function of a service. The exit status is 0 after a signal and a complete drain, 1
+/// after a failure or a drain that took too long, and 2 for wrong settings.
 #[must_use]
 pub fn main<S: Service>() -> ExitCode {
-    let about = "Ask the service that runs here with the same flags (before this) and environment whether it is well";
+    let about = "Check the health of the service that runs here with the same environment and flags; flags go before `healthcheck`";
     let healthcheck = Command::new("healthcheck").about(about);
     let mut command = S::command().subcommand(healthcheck).disable_help_subcommand(true);
     let matches = command.clone().get_matches();
@@ -127,7 +128,7 @@ pub fn main<S: Service>() -> ExitCode {
     if matches.subcommand().is_some() {
         return health::check(service.health_page());
     }
-    // The connector says at every attempt what `connection` says once.
+    // The connector logs at every attempt what `connection` logs once.
     telemetry::start(&service.common().log, "info,async_nats=warn,async_nats::connector=off");
     let result = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -135,7 +136,7 @@ pub fn main<S: Service>() -> ExitCode {
         .map_err(|error| anyhow::anyhow!("cannot start the runtime: {error}"))
         .and_then(|runtime| {
             let result = runtime.block_on(run(service));
-            // A task that hangs on a blocking call must not keep the process.
+            // A task that hangs in a blocking call must not keep the process alive.
             runtime.shutdown_background();
             result
         });
@@ -157,11 +158,11 @@ async fn run<S: Service>(service: S) -> anyhow::Result<()> {
     tokio::select! {
         result = service.run(client.clone(), shutdown.clone()) => result?,
         never = health::serve(health, client.clone()) => match never {},
-        () = too_late => anyhow::bail!("--drain-ms {} was not enough to finish everything", drain_ms.as_millis()),
+        () = too_late => anyhow::bail!("the service did not finish within --drain-ms {}", drain_ms.as_millis()),
     }
-    anyhow::ensure!(shutdown.has_begun(), "the service ended by itself");
+    anyhow::ensure!(shutdown.has_begun(), "the service ended without a signal");
     if connection::is_connected(&client) {
-        // What was published last leaves the process.
+        // Sends what was published last.
         let _ = tokio::time::timeout(Duration::from_secs(1), client.flush()).await;
     }
     info!("stopped");

@@ -1,6 +1,6 @@
 //! Settings: flags, each with an environment variable of the same name after `EVENODD_`.
 //!
-//! They are read once, at the edge, by clap, which ends the process with status 2 where one is wrong.
+//! Clap reads them once at the start, and ends the process with status 2 if one is wrong.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use clap::builder::ValueParser;
 use crate::credentials::Credentials;
 use crate::telemetry::LogSettings;
 
-/// What every service can be told.
+/// The settings of every service.
 #[derive(Args, Clone, Debug)]
 pub struct CommonSettings {
     #[command(flatten)]
@@ -27,7 +27,7 @@ pub struct CommonSettings {
     pub drain_ms: Duration,
 }
 
-/// Where the broker is.
+/// How to reach the broker.
 #[derive(Args, Clone, Debug)]
 pub struct NatsSettings {
     /// The NATS servers, separated by commas; any one of them is enough to start
@@ -36,7 +36,7 @@ pub struct NatsSettings {
         env = "EVENODD_NATS",
         value_name = "URL",
         value_delimiter = ',',
-        hide_env_values = true, // it may hold a password
+        hide_env_values = true, // it may contain a password
         default_value = "nats://127.0.0.1:4222",
         value_parser = server
     )]
@@ -47,13 +47,13 @@ pub struct NatsSettings {
     pub credentials: Credentials,
 }
 
-/// The address of a NATS server.
+/// Parses the address of a NATS server.
 ///
 /// # Errors
-/// If the text is none.
+/// If the text is not an address.
 pub fn server(text: &str) -> Result<ServerAddr, String> {
     if text.trim().is_empty() {
-        return Err("it is empty; it is something like nats://host:4222".to_owned());
+        return Err("the address is empty; give one such as nats://host:4222".to_owned());
     }
     text.parse().map_err(|e| format!("{e}"))
 }
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn right_settings_are_read() {
+    fn valid_settings_are_read() {
         let args = ["x", "--nats", "nats://a:1,nats://b:2", "--drain-ms", "700"];
         let settings = Settings::try_parse_from(args).unwrap();
         assert_eq!(settings.common.nats.nats.len(), 2);
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_settings_are_named() {
+    fn errors_name_the_wrong_setting() {
         for (flag, value) in
             [("--drain-ms", "1"), ("--log", "a=b=c"), ("--log-format", "xml"), ("--nats", ":")]
         {

@@ -1,4 +1,4 @@
-//! Logging: for a person on a terminal, or as JSON for a machine. Always on standard error.
+//! Logging to standard error: as text for people, or as JSON for machines.
 
 use std::io::IsTerminal;
 
@@ -6,10 +6,10 @@ use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
 
-/// What is logged, and how.
+/// The settings of logging.
 #[derive(Args, Clone, Debug)]
 pub struct LogSettings {
-    /// How log lines are written
+    /// The format of log lines
     #[arg(
         long,
         global = true,
@@ -19,18 +19,18 @@ pub struct LogSettings {
     )]
     pub log_format: LogFormat,
 
-    /// What is logged: error, warn, info, debug, trace, or a list such as multiplier=debug,info
+    /// The log level: error, warn, info, debug, trace, or a list such as multiplier=debug,info
     #[arg(long, global = true, env = "EVENODD_LOG", value_name = "FILTER", value_parser = log_filter)]
     pub log: Option<String>,
 }
 
-/// How log lines are written.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people; in colour on a terminal.
+    /// Text for people, in colour on a terminal.
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
@@ -38,18 +38,18 @@ fn log_filter(text: &str) -> Result<String, ParseError> {
     EnvFilter::builder().parse(text).map(|_| text.to_owned())
 }
 
-/// Starts logging, with a filter in the syntax of `tracing`'s `EnvFilter` unless the settings have
-/// one.
+/// Starts logging. `default_filter`, in the syntax of `tracing`'s `EnvFilter`, applies if the
+/// settings have no filter.
 pub fn start(settings: &LogSettings, default_filter: &str) {
     let filter = settings.log.as_deref().unwrap_or(default_filter);
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_ansi(std::io::stderr().is_terminal())
-        // Standard error may be gone (a closed terminal): that must not take the task down that
-        // had something to say.
+        // Standard error may be closed, for example with its terminal. The task that logs must
+        // survive that.
         .log_internal_errors(false)
         .with_writer(std::io::stderr);
-    // A second start in one process (tests) keeps the first.
+    // Tests start logging several times in one process; the first start counts.
     let _ = match settings.log_format {
         LogFormat::Text => builder.with_target(false).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),

@@ -161,7 +161,7 @@ async fn a_draw_that_cannot_be_used_is_reported_and_passed_over() {
     let (subject, payload) = (subjects::DRAW, other.encode().into());
     runtime::jetstream::publish(&pipeline.client, subject, spoilt, payload, timeout).await.unwrap();
     let reported = multiplier.wait_for("cannot be used").await;
-    assert!(reported.contains(&format!("it is of slot {slot}")), "{reported}");
+    assert!(reported.contains(&format!("it belongs to slot {slot}")), "{reported}");
     ticks.until(|draw| draw.slot > spoilt).await;
     let slots: Vec<_> = pipeline.history().await.iter().map(tests::ticks::slot).collect();
     assert!(!slots.contains(&spoilt), "{slots:?}");

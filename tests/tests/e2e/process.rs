@@ -42,7 +42,7 @@ async fn sigterm_without_a_broker() {
     // Slots have begun since, and wait.
     multiplier.wait_for("not settled yet").await;
     assert_eq!(multiplier.terminate().await.code(), Some(1));
-    assert!(multiplier.log().contains("their numbers are lost"), "{}", multiplier.log());
+    assert!(multiplier.log().contains("their products are lost"), "{}", multiplier.log());
 }
 
 /// What is due when SIGTERM comes is published if that is possible in time, and told if not.
@@ -62,7 +62,7 @@ async fn sigterm_with_products_due() {
         context.update_stream(&elsewhere).await.unwrap();
         let due = ticks.until(|draw| draw.due().is_some()).await;
         multiplier.signal(Signal::SIGTERM);
-        multiplier.wait_for("finishing").await;
+        multiplier.wait_for("shutting down").await;
         if comes_back {
             context.update_stream(&numbers).await.unwrap();
             assert!(multiplier.wait().await.success(), "{}", multiplier.log());
@@ -72,7 +72,7 @@ async fn sigterm_with_products_due() {
         } else {
             pipeline.broker.kill();
             assert_eq!(multiplier.wait().await.code(), Some(1));
-            assert!(multiplier.log().contains("their numbers are lost"), "{}", multiplier.log());
+            assert!(multiplier.log().contains("their products are lost"), "{}", multiplier.log());
         }
     }
 }
