@@ -1,4 +1,4 @@
-"""What the document cannot say: OpenAPI has no words for parameters that exclude each other."""
+"""Skips requests with mutually exclusive parameters, which OpenAPI cannot describe."""
 
 import schemathesis
 

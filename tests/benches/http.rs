@@ -1,7 +1,7 @@
-//! What the gateway gives, and what it takes for that, on this machine: `make bench`, or a part of
-//! it: `cargo bench --package tests --bench http -- requests live history`.
+//! Measures the speed and the costs of the gateway on this machine: `make bench`, or only parts:
+//! `cargo bench --package tests --bench http -- requests live history`.
 //!
-//! Clients and servers share the machine here, so the clients are part of every figure.
+//! Clients and servers share the machine, so the clients affect every figure.
 
 #![allow(clippy::disallowed_types, clippy::unwrap_used, clippy::print_stdout)]
 
@@ -21,16 +21,16 @@ use tests::{Broker, Pipeline, Process, Scratch, eventually, patience, repository
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
-/// How often every server is asked in turn.
+/// How many rounds of measurements there are.
 const ROUNDS: usize = 5;
-/// How many numbers a live feed has, two a second.
+/// How many records a live feed sends, two a second.
 const FEED: u64 = 40;
-/// The most clients of a live feed, and how many files the two processes need besides.
+/// The most clients of a live feed, and the number of other files that the two processes need.
 const CLIENTS: u64 = 10_000;
 const OTHER_FILES: u64 = 200;
 /// The length of a long history: 500 days, with half of the ticks published.
 const LONG: u64 = 1_000_000;
-/// How many publications may wait for their acknowledgement; the server drops beyond 10,000.
+/// How many publications may wait for their acknowledgement. The server drops more than 10,000.
 const WINDOW: u64 = 5000;
 
 #[tokio::main]
@@ -61,10 +61,10 @@ async fn main() {
     }
 }
 
-/// `GET /numbers` beside nginx with a file of the same bytes.
+/// Compares `GET /numbers` with nginx, which serves a file of the same bytes.
 async fn requests(pipeline: &Pipeline) {
     let (Some(wrk), Some(nginx)) = (tool("wrk"), tool("nginx")) else {
-        println!("GET /numbers               left out: apt-get install wrk nginx-light");
+        println!("GET /numbers               skipped: apt-get install wrk nginx-light");
         return;
     };
     let (process, gateway) = ready(pipeline).await;
@@ -82,7 +82,7 @@ async fn requests(pipeline: &Pipeline) {
         fs::write(www.join(file), body(&answer)).unwrap();
         for server in servers {
             let same = body(&get(server, "/numbers", header).await) == body(&answer);
-            assert!(same, "{server} serves something else");
+            assert!(same, "{server} serves other bytes");
         }
         println!("{title}, {} bytes", body(&answer).len());
         let mut rates = [const { Vec::new() }; 3];
@@ -110,8 +110,8 @@ async fn requests(pipeline: &Pipeline) {
     }
 }
 
-/// How many requests were answered, how many a second, and the 99th percentile of the time to an
-/// answer in milliseconds.
+/// Runs wrk. Returns how many requests were answered, how many a second, and the 99th percentile of
+/// the latency in milliseconds.
 fn load(wrk: &Path, address: &str, header: &str) -> (f64, f64, f64) {
     let output = Command::new(wrk)
         .args(["-t1", "-c64", "-d4s", "--latency", "-H", header])
@@ -129,7 +129,7 @@ fn load(wrk: &Path, address: &str, header: &str) -> (f64, f64, f64) {
         line.unwrap_or_else(|| panic!("{output}")).trim()
     };
     let number = |text: &str| text.trim_end_matches(char::is_alphabetic).parse::<f64>().unwrap();
-    // Not a share of some other line, such as 70.99%.
+    // With the space, this does not match a percentage such as 70.99%.
     let p99 = value(" 99% ");
     let milliseconds = match p99.trim_start_matches(|c: char| !c.is_alphabetic()) {
         "us" => 0.001,
@@ -144,8 +144,8 @@ fn load(wrk: &Path, address: &str, header: &str) -> (f64, f64, f64) {
     )
 }
 
-/// An nginx that serves the directory `www` with its cache of open files: by sendfile, as Debian's
-/// nginx.conf has it, and by copying, which takes less for a file of this size.
+/// An nginx that serves the directory `www` with its cache of open files. One port uses sendfile,
+/// as in Debian's nginx.conf. The other one copies, which costs less for a file of this size.
 struct Nginx {
     process: Process,
     sendfile: String,
@@ -154,7 +154,8 @@ struct Nginx {
 
 impl Nginx {
     async fn start(scratch: &Scratch, binary: &Path) -> Self {
-        // nginx cannot say which port it got. Besides: what Debian's nginx.conf has.
+        // nginx does not report the port that it got, so this reserves two. The other settings are
+        // as in Debian's nginx.conf.
         let listeners = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
         let [sendfile, copying] = listeners.map(|l| l.local_addr().unwrap().to_string());
         let configuration = format!(
@@ -182,7 +183,7 @@ impl Nginx {
 }
 
 impl Drop for Nginx {
-    /// Its workers end with it only if it is asked.
+    /// SIGTERM, because the workers would survive a SIGKILL of their parent.
     fn drop(&mut self) {
         self.process.signal(Signal::SIGTERM);
         while self.process.exit_status().is_none() {
@@ -191,7 +192,7 @@ impl Drop for Nginx {
     }
 }
 
-/// From just before a publication until every client of the live feed has the number.
+/// Measures the time from a publication until every client of the live feed has the record.
 async fn live(pipeline: &Pipeline, clients: u64, published: u64) {
     let (process, address) = ready(pipeline).await;
     let memory_before = memory(process.pid(), "VmRSS");
@@ -213,7 +214,7 @@ async fn live(pipeline: &Pipeline, clients: u64, published: u64) {
     let mut delays = Vec::new();
     for feed in feeds {
         let arrivals = tokio::time::timeout(patience(), feed).await.unwrap().unwrap();
-        assert_eq!(arrivals.len(), sent.len(), "a client missed something");
+        assert_eq!(arrivals.len(), sent.len(), "a client missed a record");
         delays.extend(arrivals.iter().zip(&sent).map(|(at, sent)| *at - *sent));
     }
     let used = processor_time(process.pid()) - used;
@@ -221,7 +222,7 @@ async fn live(pipeline: &Pipeline, clients: u64, published: u64) {
     print("publication to client", delays);
     print("publication to ack", acks);
     println!(
-        "  {:<24} memory {:.0} MB at first, {:.1} KB a client   processor {:.1} %",
+        "  {:<24} memory {:.0} MB at first, {:.1} KB per client   processor {:.1} %",
         "gateway",
         megabytes(memory_before),
         taken as f64 / 1024.0 / clients as f64,
@@ -229,7 +230,7 @@ async fn live(pipeline: &Pipeline, clients: u64, published: u64) {
     );
 }
 
-/// A client of the live feed that has got its first bytes.
+/// Opens a live feed, and reads its first lines.
 async fn subscribe(address: &str) -> BufReader<TcpStream> {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let request = format!("GET /numbers/live HTTP/1.1\r\nHost: {address}\r\n\r\n");
@@ -243,7 +244,7 @@ async fn subscribe(address: &str) -> BufReader<TcpStream> {
     feed
 }
 
-/// When each number came, up to the one with this sequence.
+/// The times at which the records arrive, up to the one with this sequence.
 async fn arrivals(mut feed: BufReader<TcpStream>, last: u64) -> Vec<Instant> {
     let mut times = Vec::new();
     let mut line = String::new();
@@ -259,7 +260,7 @@ async fn arrivals(mut feed: BufReader<TcpStream>, last: u64) -> Vec<Instant> {
     }
 }
 
-/// A history of a million numbers: filled without a sync for every message, then read.
+/// Fills a history with a million products, without a sync for every message, and reads it.
 async fn long_history() {
     let scratch = Scratch::new();
     let synced = fs::read_to_string(repository().join("nats/single.conf")).unwrap();
@@ -270,7 +271,7 @@ async fn long_history() {
     let begun = Instant::now();
     fill(&pipeline.client).await;
     let took = begun.elapsed().as_secs_f64();
-    println!("a history of {LONG} numbers (published in {took:.1} s)");
+    println!("a history of {LONG} products (published in {took:.1} s)");
 
     let mut starts = Vec::new();
     for _ in 0..ROUNDS {
@@ -283,7 +284,7 @@ async fn long_history() {
     for path in ["/numbers", "/history?after=1000&limit=1000", "/history?after=500000&limit=1000"] {
         let mut times = Vec::new();
         for _ in 0..11 {
-            // Fewer than the gateway's bound on reads of the history.
+            // Stays below the gateway's limit for reads of the history.
             tokio::time::sleep(Duration::from_millis(100)).await;
             let begun = Instant::now();
             body(&get(&address, path, "Accept: */*").await);
@@ -295,7 +296,7 @@ async fn long_history() {
     for path in ["/history.ndjson", "/history.csv"] {
         let before = processes.map(|(_, pid)| memory(pid, "VmRSS"));
         for (_, pid) in processes {
-            // The peak so far is forgotten (proc(5)).
+            // Resets the peak of the resident memory (proc(5)).
             fs::write(format!("/proc/{pid}/clear_refs"), "5").unwrap();
         }
         let begun = Instant::now();
@@ -315,7 +316,7 @@ async fn long_history() {
     }
 }
 
-/// Publishes [`LONG`] numbers as a multiplier would, but many at once.
+/// Publishes [`LONG`] products as a multiplier does, but many at once.
 async fn fill(client: &Client) {
     let inbox = client.new_inbox();
     let mut acks = client.subscribe(inbox.clone()).await.unwrap();
@@ -346,13 +347,13 @@ async fn publish(client: &Client, slot: u64) {
     assert_eq!(ack.unwrap().sequence, slot);
 }
 
-/// Numbers that look like random ones, all above the threshold.
+/// A pseudo-random product above the threshold.
 fn product(slot: u64) -> Product {
     let mixed = slot.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
     Product::new(400 + 2 * (mixed % 301), 401 + 2 * (mixed / 301 % 300)).unwrap()
 }
 
-/// A gateway that is ready, and its address.
+/// Starts a gateway, waits until it is ready, and returns it with its address.
 async fn ready(pipeline: &Pipeline) -> (Process, String) {
     let (process, address) = pipeline.gateway().await;
     while !get(&address, "/readyz", "Accept: */*").await.starts_with(b"HTTP/1.1 200 ") {
@@ -361,7 +362,7 @@ async fn ready(pipeline: &Pipeline) -> (Process, String) {
     (process, address)
 }
 
-/// The answer as it comes: head and body.
+/// The whole response: head and body.
 async fn get(address: &str, path: &str, header: &str) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let head =
@@ -372,7 +373,7 @@ async fn get(address: &str, path: &str, header: &str) -> Vec<u8> {
     answer
 }
 
-/// The body of an answer that is one.
+/// The body of a response, which must have status 200.
 fn body(answer: &[u8]) -> &[u8] {
     let end = answer.windows(4).position(|four| four == b"\r\n\r\n").unwrap();
     let (head, body) = answer.split_at(end + 4);
@@ -387,8 +388,8 @@ fn memory(pid: u32, name: &str) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// How long a process and its children have computed so far (proc(5); Linux counts in hundredths
-/// of a second).
+/// The processor time of a process and its children so far (proc(5); Linux counts in hundredths of
+/// a second).
 fn processor_time(pid: u32) -> Duration {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
     let children = children.split_whitespace().map(|pid| pid.parse().unwrap());
@@ -400,7 +401,7 @@ fn processor_time(pid: u32) -> Duration {
     Duration::from_millis(children.chain([pid]).map(ticks).sum::<u64>() * 10)
 }
 
-/// Where a program is. Not every `PATH` has the directories of servers.
+/// The path of a program. `PATH` may lack the directories of servers.
 fn tool(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let more = ["/usr/sbin", "/usr/local/sbin"].map(PathBuf::from);

@@ -1,4 +1,4 @@
-//! How long the steps of a tick take on this machine: `make bench`.
+//! Measures how long the steps of a tick take on this machine: `make bench`.
 
 #![allow(clippy::disallowed_types, clippy::unwrap_used, clippy::print_stdout)]
 
@@ -11,7 +11,7 @@ use tests::http::Lines;
 use tests::{Audit, Brokers, Pipeline, Process, Scratch, Ticks, gateway};
 
 const ROUNDS: usize = 5000;
-/// Slots of the whole path, in milliseconds: shorter than in deployments, to have more of them.
+/// The length of a slot for the whole path: shorter than in deployments, which gives more samples.
 const SLOT_MS: &str = "100";
 
 fn print(what: &str, mut times: Vec<Duration>) {
@@ -56,13 +56,13 @@ async fn steps() {
         pipeline.client.request(subject, "".into()).await.unwrap();
         requests.push(begun.elapsed());
     }
-    print("request for a number", requests);
+    print("request for a factor", requests);
     print("draw to acknowledgement", draws);
-    print("number to acknowledgement", acks);
+    print("product to acknowledgement", acks);
 }
 
-/// From the beginning of a slot until its draw is stored, and until a client of the gateway has its
-/// number.
+/// Measures the time from the beginning of a slot until its draw is stored, and until a client of
+/// the gateway has its record.
 async fn whole_path(what: &str, scratch: &Scratch, url: &str, client: &Client) {
     const NUMBERS: usize = 400;
     let mut processes = Vec::new();

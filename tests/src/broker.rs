@@ -16,17 +16,17 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Starts one with the configuration that `evenodd up` uses.
+    /// Starts a server with the configuration that `evenodd up` uses.
     pub async fn start(scratch: &Scratch) -> Self {
         Self::start_with(scratch, &repository().join("nats/single.conf")).await
     }
 
-    /// Starts one with a configuration of the test's.
+    /// Starts a server with this configuration.
     pub async fn start_with(scratch: &Scratch, configuration: &Path) -> Self {
         Self::start_at(scratch, configuration, format!("{}.1", network())).await
     }
 
-    /// Starts one at this address.
+    /// Starts a server at this address.
     pub async fn start_at(scratch: &Scratch, configuration: &Path, host: String) -> Self {
         let store = scratch.path("jetstream");
         let command = [
@@ -68,29 +68,29 @@ impl Broker {
         self.process.pid()
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub fn kill(&mut self) {
         self.process.kill();
     }
 
-    /// Starts it again, on the same store and address.
+    /// Starts the server again, with the same store and address.
     pub async fn restart(&mut self) {
         self.process.start_again();
         self.listens().await;
     }
 
-    /// SIGSTOP: connections stay open and nothing is answered.
+    /// Sends SIGSTOP: connections stay open, but the server does not answer.
     pub fn freeze(&self) {
         self.process.signal(Signal::SIGSTOP);
     }
 
-    /// SIGCONT.
+    /// Sends SIGCONT.
     pub fn thaw(&self) {
         self.process.signal(Signal::SIGCONT);
     }
 }
 
-/// The nats-server that `nats/install` settles on.
+/// The nats-server that `nats/install` chooses.
 #[must_use]
 pub fn nats_server() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();

@@ -1,4 +1,4 @@
-//! Three real nats-servers that keep every stream three times, as processes of this machine.
+//! A cluster of three real nats-servers, as processes of this machine.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use crate::{NATS_PORT, Process, Scratch, eventually, nats_server, network, repository};
 
-/// How many there are.
+/// The number of servers.
 pub const COUNT: usize = 3;
 
 /// A cluster of nats-servers, with the settings of `nats/single.conf` and without keys.
@@ -18,7 +18,7 @@ pub struct Brokers {
 }
 
 impl Brokers {
-    /// Starts three, and waits until they have a leader.
+    /// Starts three servers.
     pub async fn start(scratch: &Scratch) -> Self {
         let net = network();
         let hosts: Vec<_> = (1..=COUNT).map(|node| format!("{net}.{node}")).collect();
@@ -58,7 +58,7 @@ impl Brokers {
         self.urls.join(",")
     }
 
-    /// A client that stays with one of them, also when that is away.
+    /// A client that connects only to this server, even while that is down.
     pub async fn client_of(&self, node: usize) -> Client {
         let options = ConnectOptions::new().ignore_discovered_servers().retry_on_initial_connect();
         let client = options.connect(&self.urls[node]).await.unwrap();
@@ -66,17 +66,17 @@ impl Brokers {
         client
     }
 
-    /// The one that leads a stream, if the servers agree on one.
+    /// The server that leads a stream, if there is a leader.
     pub async fn leader(&self, client: &Client, stream: &str) -> Option<usize> {
         let stream = jetstream::new(client.clone()).get_stream(stream).await.ok()?;
         let leader = stream.cached_info().cluster.as_ref()?.leader.clone()?;
         self.urls.iter().position(|url| url.contains(&format!("//{leader}:")))
     }
 
-    /// Waits until a stream has a leader and both followers are current.
+    /// Waits until each stream has a leader and both of its followers are current.
     pub async fn heal(&self, client: &Client, streams: &[&str]) {
         for stream in streams {
-            eventually("the stream is whole", async || {
+            eventually("the stream is current everywhere", async || {
                 let stream = jetstream::new(client.clone()).get_stream(*stream).await;
                 let info = stream.ok().and_then(|stream| stream.cached_info().cluster.clone());
                 info.is_some_and(|cluster| {
@@ -88,22 +88,22 @@ impl Brokers {
         }
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub fn kill(&mut self, node: usize) {
         self.nodes[node].kill();
     }
 
-    /// Starts one again that was killed, on the same store.
+    /// Starts a killed server again, with the same store.
     pub fn start_again(&mut self, node: usize) {
         self.nodes[node].start_again();
     }
 
-    /// SIGSTOP: connections stay open and nothing is answered.
+    /// Sends SIGSTOP: connections stay open, but the server does not answer.
     pub fn freeze(&self, node: usize) {
         self.nodes[node].signal(Signal::SIGSTOP);
     }
 
-    /// SIGCONT.
+    /// Sends SIGCONT.
     pub fn thaw(&self, node: usize) {
         self.nodes[node].signal(Signal::SIGCONT);
     }

@@ -17,7 +17,7 @@ pub struct Browser {
 }
 
 impl Browser {
-    /// Starts one, with everything that it writes in `scratch`.
+    /// Starts a browser that writes all its files to `scratch`.
     ///
     /// # Panics
     /// If there is no chromedriver.
@@ -27,7 +27,7 @@ impl Browser {
             .args(["--port=0", "--log-level=WARNING"])
             .stdout(std::fs::File::create(&log).unwrap())
             .stderr(Stdio::null())
-            // The browser is a child of the driver: both are ended as a group.
+            // The browser is a child of the driver. `drop` kills both as a group.
             .process_group(0)
             .spawn()
             .expect("chromedriver and Chromium (apt-get install chromium chromium-driver)");
@@ -61,7 +61,7 @@ impl Browser {
         answer.json()["value"].take()
     }
 
-    /// Goes to a page.
+    /// Opens a page.
     pub async fn open(&self, url: &str) {
         self.command("url", json!({ "url": url })).await;
     }
@@ -79,12 +79,12 @@ impl Browser {
         texts.as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_owned()).collect()
     }
 
-    /// The text of the first of them.
+    /// The text of the first element that a selector finds.
     pub async fn text(&self, selector: &str) -> String {
         self.texts(selector).await.into_iter().next().unwrap_or_default()
     }
 
-    /// Types into what has the focus; `\u{E007}` is Enter, `\u{E004}` Tab.
+    /// Types into the element that has the focus. `\u{E007}` is Enter, `\u{E004}` Tab.
     pub async fn press(&self, keys: &str) {
         let presses = keys.chars().flat_map(|key| {
             [json!({ "type": "keyDown", "value": key }), json!({ "type": "keyUp", "value": key })]
@@ -94,20 +94,20 @@ impl Browser {
         self.command("actions", json!({ "actions": [keyboard] })).await;
     }
 
-    /// A command of the `DevTools` protocol, such as the emulation of a telephone.
+    /// Sends a command of the `DevTools` protocol, such as the emulation of a phone.
     pub async fn devtools(&self, command: &str, parameters: Value) {
         let body = json!({ "cmd": command, "params": parameters });
         self.command("goog/cdp/execute", body).await;
     }
 
-    /// Everything that the browser has complained about, such as a script that failed or content
-    /// that the page's policy forbids.
+    /// All warnings and errors of the browser, such as a script that failed or content that the
+    /// page's policy forbids.
     pub async fn complaints(&self) -> Vec<String> {
         let entries = self.command("se/log", json!({ "type": "browser" })).await;
         entries.as_array().unwrap().iter().map(ToString::to_string).collect()
     }
 
-    /// Leaves a picture of the page in `target/screenshots`, for people to look at.
+    /// Saves a screenshot of the page in `target/screenshots`.
     pub async fn screenshot(&self, name: &str) {
         use base64::Engine;
         let body =

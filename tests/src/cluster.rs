@@ -13,15 +13,16 @@ use nix::unistd::Pid;
 
 use crate::{Scratch, patient, repository};
 
-/// A project of its own: the volumes of a cluster that somebody runs here are not touched.
+/// A Compose project for the tests. They do not touch the volumes of another cluster on this
+/// machine.
 pub const PROJECT: &str = "evenodd-test";
-/// Where HAProxy serves HTTP.
+/// The address where HAProxy serves HTTP.
 pub const HTTP: &str = "127.0.0.1:8080";
-/// Where HAProxy passes NATS on.
+/// The address where HAProxy forwards NATS.
 pub const NATS: &str = "127.0.0.1:4222";
-/// The brokers.
+/// The services of the brokers.
 pub const BROKERS: [&str; 3] = ["nats-1", "nats-2", "nats-3"];
-/// Whoever has a key.
+/// The users that have a key.
 pub const USERS: [&str; 5] = ["even", "odd", "multiplier", "gateway", "operator"];
 
 /// Runs a program to its end, and returns what it printed.
@@ -44,17 +45,17 @@ pub fn run(program: &str, args: &[&str]) -> String {
     text(&output.stdout).trim_end().to_owned()
 }
 
-/// `docker compose`, on this project.
+/// Runs `docker compose` on this project.
 pub fn compose(args: &[&str]) -> String {
     run("docker", &[&["compose", "--project-name", PROJECT], args].concat())
 }
 
-/// `docker`.
+/// Runs `docker`.
 pub fn docker(args: &[&str]) -> String {
     run("docker", args)
 }
 
-/// The running containers of a service, by name; of all services with an empty name.
+/// The names of the running containers of a service, or of all services if the name is empty.
 #[must_use]
 pub fn containers(service: &str) -> Vec<String> {
     let project = format!("label=com.docker.compose.project={PROJECT}");
@@ -68,28 +69,29 @@ pub fn containers(service: &str) -> Vec<String> {
     names
 }
 
-/// What `docker inspect` says, in a format of Go's templates.
+/// The output of `docker inspect` for a format, which is a Go template.
 #[must_use]
 pub fn inspect(container: &str, format: &str) -> String {
     docker(&["inspect", "--format", format, container])
 }
 
-/// Ends the processes of containers in the same moment, as a crash would: Docker starts them again.
-/// (`docker kill` would be an order to keep them stopped.)
+/// Kills the processes of containers at the same moment. Docker restarts them as after a crash,
+/// which it does not do after `docker kill`.
 pub fn crash(containers: &[String]) {
     let pid = |container: &String| inspect(container, "{{.State.Pid}}").parse().unwrap();
     let pids: Vec<_> = containers.iter().map(pid).collect();
     for pid in pids {
-        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("the right to kill it: run this as root");
+        kill(Pid::from_raw(pid), Signal::SIGKILL)
+            .expect("cannot kill the process of a container; run this as root");
     }
 }
 
-/// Takes a container off the network. Connections stay open, and nothing comes through.
+/// Cuts a container off the network. Connections stay open, but nothing passes.
 pub fn disconnect(container: &str) {
     docker(&["network", "disconnect", &network(), container]);
 }
 
-/// Puts a container of this service back on the network.
+/// Connects a container of this service to the network again.
 pub fn reconnect(container: &str, service: &str) {
     docker(&["network", "connect", "--alias", service, &network(), container]);
 }
@@ -100,7 +102,7 @@ pub fn network() -> String {
     format!("{PROJECT}_default")
 }
 
-/// Removes a container that is none of the project's, if it is there.
+/// Removes a container outside the project, if it exists.
 pub fn remove(container: &str) {
     let filter = format!("name=^{container}$");
     let found = docker(&["ps", "--all", "--quiet", "--filter", &filter]);
@@ -124,7 +126,7 @@ pub fn container(service: &str) -> String {
 /// Polls until `condition` holds.
 ///
 /// # Panics
-/// If it does not within two minutes: a broker may have to elect leaders and catch up first.
+/// If it does not within two minutes. Brokers may first have to elect leaders and catch up.
 pub async fn in_time(what: &str, condition: impl AsyncFnMut() -> bool) {
     within(Duration::from_mins(2), what, condition).await;
 }
@@ -145,7 +147,7 @@ pub async fn within(limit: Duration, what: &str, mut condition: impl AsyncFnMut(
 pub struct Keys(PathBuf);
 
 impl Keys {
-    /// Takes them out of their volume.
+    /// Copies the keys from their volume.
     #[must_use]
     pub fn copy(scratch: &Scratch, name: &str) -> Self {
         let directory = scratch.path(name);
@@ -153,7 +155,7 @@ impl Keys {
         Self(directory)
     }
 
-    /// The path of a file among them.
+    /// The path of one of the files.
     #[must_use]
     pub fn path(&self, file: &str) -> PathBuf {
         self.0.join(file)
@@ -170,7 +172,7 @@ impl Keys {
         files.collect()
     }
 
-    /// How a user connects.
+    /// The options with which a user connects.
     #[must_use]
     pub fn options(&self, user: &str) -> ConnectOptions {
         let seed = std::fs::read_to_string(self.path(&format!("{user}.nk"))).unwrap();
@@ -185,20 +187,20 @@ impl Keys {
             .retry_on_initial_connect()
     }
 
-    /// A client with all rights, on whichever broker HAProxy chooses.
+    /// A client with all permissions, on the broker that HAProxy chooses.
     pub async fn operator(&self) -> Client {
         self.options("operator").connect(NATS).await.unwrap()
     }
 }
 
-/// What the leader of a stream says of it, if there is one.
+/// The state of a stream, if it has a leader.
 pub async fn stream_info(operator: &Client, stream: &str) -> Option<Info> {
     let context = async_nats::jetstream::new(operator.clone());
     let stream = context.get_stream(stream).await.ok()?;
     Some(stream.cached_info().clone())
 }
 
-/// Whether all three brokers have all of both streams, and every container is well.
+/// Whether both streams are current on all three brokers, and every container is healthy.
 pub async fn is_whole(operator: &Client) -> bool {
     for stream in [NUMBERS, TICKS] {
         let cluster = stream_info(operator, stream).await.and_then(|info| info.cluster);

@@ -1,4 +1,4 @@
-//! A small HTTP client: one request, one connection. It speaks HTTP/1.0, so that every body ends
+//! A small HTTP client with one connection for each request. It uses HTTP/1.0, where a body ends
 //! with its connection and needs no decoding.
 
 use std::io;
@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use crate::patience;
 
-/// An answer.
+/// A response.
 #[derive(Debug)]
 pub struct Answer {
     /// The status code.
@@ -19,7 +19,7 @@ pub struct Answer {
     pub head: String,
     /// The body as text.
     pub body: String,
-    /// The body as it came.
+    /// The body as bytes.
     pub bytes: Vec<u8>,
 }
 
@@ -39,13 +39,13 @@ impl Answer {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 
-    /// A header's value, if it is there.
+    /// The value of a header, if it is present.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
         header(&self.head, name)
     }
 
-    /// The `seq` of every number in the body.
+    /// The `seq` of every record in the body.
     #[must_use]
     pub fn sequences(&self) -> Vec<u64> {
         let body = self.json();
@@ -59,17 +59,17 @@ fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
     head.lines().find_map(|line| line.strip_prefix(&name))
 }
 
-/// `GET path`, with further header lines such as `Accept: text/plain`.
+/// Requests `GET path`, with further header lines such as `Accept: text/plain`.
 pub async fn get(address: &str, path: &str, headers: &[&str]) -> Answer {
     request(address, "GET", path, headers).await
 }
 
-/// The same of a server that may just be away.
+/// As [`get`], for a server that may be down.
 pub async fn try_get(address: &str, path: &str) -> io::Result<Answer> {
     answer(send(address, "GET", path, &[]).await?).await
 }
 
-/// `POST path` with a body in JSON, to a server that speaks HTTP/1.1 alone.
+/// Requests `POST path` with a JSON body, from a server that supports only HTTP/1.1.
 pub async fn post(address: &str, path: &str, body: &Value) -> Answer {
     let body = body.to_string();
     let length = body.len();
@@ -78,7 +78,7 @@ pub async fn post(address: &str, path: &str, body: &Value) -> Answer {
         "POST {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
     );
     stream.write_all(request.as_bytes()).await.unwrap();
-    // The answer has a length; the connection may stay open.
+    // The connection may stay open, so this reads as many bytes as the length says.
     let mut reader = BufReader::new(stream);
     let head = head(&mut reader).await.unwrap();
     let length = header(&lower_names(&head), "content-length").map(|length| length.parse());
@@ -87,7 +87,7 @@ pub async fn post(address: &str, path: &str, body: &Value) -> Answer {
     Answer::new(&head, bytes)
 }
 
-/// A request without a body.
+/// Sends a request without a body.
 pub async fn request(address: &str, method: &str, path: &str, headers: &[&str]) -> Answer {
     answer(send(address, method, path, headers).await.unwrap()).await.unwrap()
 }
@@ -126,7 +126,7 @@ fn status(head: &str) -> u16 {
     head.split(' ').nth(1).unwrap().parse().unwrap()
 }
 
-/// Header names are compared in lower case; their values stay as they are.
+/// Converts the names of headers to lower case, and leaves their values unchanged.
 fn lower_names(head: &str) -> String {
     let lines = head.lines().map(|line| match line.split_once(':') {
         Some((name, value)) => format!("{}: {}\n", name.to_lowercase(), value.trim()),
@@ -135,7 +135,7 @@ fn lower_names(head: &str) -> String {
     lines.collect()
 }
 
-/// A body that goes on, read line by line.
+/// A response whose body is read line by line, while it arrives.
 pub struct Lines {
     /// The status code.
     pub status: u16,
@@ -147,26 +147,26 @@ pub struct Lines {
 /// A server-sent event.
 #[derive(Debug)]
 pub struct Event {
-    /// What kind of event.
+    /// The type of the event.
     pub name: String,
-    /// The position after it.
+    /// The position after the event.
     pub id: u64,
-    /// What it says.
+    /// The data of the event.
     pub data: Value,
 }
 
 impl Lines {
-    /// `GET path`, answered with a head.
+    /// Requests `GET path`, and reads the head of the response.
     pub async fn open(address: &str, path: &str, headers: &[&str]) -> Self {
         Self::try_open(address, path, headers).await.unwrap()
     }
 
-    /// The same of a server that may just be away.
+    /// As [`Self::open`], for a server that may be down.
     pub async fn try_open(address: &str, path: &str, headers: &[&str]) -> io::Result<Self> {
         Self::try_over(send(address, "GET", path, headers).await?).await
     }
 
-    /// What comes over a connection on which the request was sent.
+    /// Reads the head of the response on a connection on which the request was sent.
     pub async fn over(stream: TcpStream) -> Self {
         Self::try_over(stream).await.unwrap()
     }
@@ -181,12 +181,12 @@ impl Lines {
     pub async fn line(&mut self) -> Option<String> {
         let mut line = String::new();
         let read = timeout(patience(), self.reader.read_line(&mut line)).await;
-        // A connection that is reset has ended as well.
-        let read = read.expect("nothing came for a long time").unwrap_or(0);
+        // A reset of the connection counts as its end.
+        let read = read.expect("no line for a long time").unwrap_or(0);
         (read > 0).then(|| line.trim_end().to_owned())
     }
 
-    /// The next event; comments and `retry` are left out. `None` at the end.
+    /// The next event, without comments and `retry`. `None` at the end.
     pub async fn event(&mut self) -> Option<Event> {
         let (mut name, mut id, mut data) = (None, None, None);
         loop {
@@ -205,7 +205,7 @@ impl Lines {
         }
     }
 
-    /// The sequences of the next events, all of which are numbers.
+    /// The sequences of the next events, which must all be records.
     pub async fn sequences(&mut self, count: usize) -> Vec<u64> {
         let mut sequences = Vec::with_capacity(count);
         while sequences.len() < count {

@@ -1,8 +1,8 @@
-//! The harness of the end-to-end tests: real nats-servers and the real service binaries, as
-//! processes that a test starts, freezes, kills and starts again.
+//! The harness of the end-to-end tests. A test starts, freezes, kills and restarts real
+//! nats-servers and service binaries as processes.
 //!
-//! Everything a test starts has ports of its own, a directory of its own, and ends with the test.
-//! The directory of a test that failed is kept, and its path printed.
+//! Each test has its own ports and its own directory, and its processes end with it. The directory
+//! of a failed test is kept, and its path is printed.
 
 #![allow(
     clippy::disallowed_types,
@@ -35,47 +35,47 @@ pub use pipeline::{Pipeline, gateway, publish};
 pub use process::Process;
 pub use ticks::{Audit, Ticks};
 
-/// How long to wait for anything before a test fails: longer than it takes on a busy machine of two
+/// How long a test waits for something before it fails: long enough for a busy machine with two
 /// cores.
 #[must_use]
 pub fn patience() -> Duration {
     patient(Duration::from_secs(30))
 }
 
-/// A time limit as this machine needs it: `EVENODD_TEST_PATIENCE` multiplies it.
+/// A time limit, multiplied by `EVENODD_TEST_PATIENCE` for slow machines.
 #[must_use]
 pub fn patient(limit: Duration) -> Duration {
     let factor = std::env::var("EVENODD_TEST_PATIENCE").unwrap_or_else(|_| "1".to_owned());
     limit.mul_f64(factor.parse().expect("EVENODD_TEST_PATIENCE is a number, such as 2"))
 }
 
-/// The first three parts of addresses that nobody else uses, `127.x.y`. All ports there are free, and
-/// stay free while a server of the test is down. (All of 127.0.0.0/8 is this machine on Linux.)
+/// The first three parts of addresses that no other test uses: `127.x.y`. All their ports are free,
+/// and stay free while a server of the test is down. (On Linux all of 127.0.0.0/8 is this machine.)
 #[must_use]
 pub fn network() -> String {
     let n = unique();
     format!("127.{}.{}", 1 + n / 250 % 250, n % 250)
 }
 
-/// The port of brokers and of gateways on addresses of their own: not the usual ones, on which somebody
-/// may listen at all addresses of this machine.
+/// The ports of brokers and gateways on the addresses of a test. They differ from the default
+/// ports, on which other programs may listen at all addresses of this machine.
 const NATS_PORT: u16 = 14_222;
 const HTTP_PORT: u16 = 18_080;
 
-/// A port of 127.0.0.1 that nobody else uses, for what cannot have an address of its own. It is below
-/// the range that the kernel gives out, and so is the one 4000 above it.
+/// A port of 127.0.0.1 that no other test uses, for programs that cannot have an address of their
+/// own. This port, and the one 4000 above it, are below the range that the kernel assigns.
 #[must_use]
 pub fn port() -> u16 {
     u16::try_from(10_000 + unique() % 18_000).unwrap()
 }
 
-/// A number that no other test has: neither of this process nor, most likely, of another one.
+/// A number that no other test of this process has, and most likely no test of another process.
 fn unique() -> u32 {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     std::process::id().wrapping_mul(512) + COUNT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Tests that measure how regularly something happens hold this, so that one of them runs at a time.
+/// A lock for tests that measure timing. Only one of them runs at a time.
 pub async fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::const_new(());
     ALONE.lock().await
@@ -138,8 +138,8 @@ pub async fn connect(broker: &Broker) -> async_nats::Client {
     async_nats::connect(broker.url()).await.unwrap()
 }
 
-/// Every answer to a request of the Services API (ADR-32), such as `PING` or `STATS.even`, that
-/// comes within a short time.
+/// Sends a request of the Services API (ADR-32), such as `PING` or `STATS.even`, and returns all
+/// answers that come within a short time.
 pub async fn services(client: &async_nats::Client, verb: &str) -> Vec<serde_json::Value> {
     const QUIET: Duration = Duration::from_millis(100);
     let inbox = client.new_inbox();
@@ -148,18 +148,18 @@ pub async fn services(client: &async_nats::Client, verb: &str) -> Vec<serde_json
     client.publish_with_reply(subject, inbox, "".into()).await.unwrap();
     let mut all = Vec::new();
     while let Ok(Some(answer)) = tokio::time::timeout(QUIET, answers.next()).await {
-        // With no service at all the server says so itself, without a payload.
+        // If there is no service at all, the server answers without a payload.
         all.extend(serde_json::from_slice::<serde_json::Value>(&answer.payload));
     }
     all
 }
 
-/// The replicas that have been seen, by id: every start of a service has one of its own.
+/// The ids of the replicas that were seen. Every start of a service has a new id.
 #[derive(Default)]
 pub struct Replicas(Mutex<HashSet<String>>);
 
 impl Replicas {
-    /// Waits until a replica of this service answers that was not seen before.
+    /// Waits until a replica of this service answers for the first time.
     pub async fn appear(&self, client: &async_nats::Client, service: &str) {
         let mut seen = self.0.lock().await;
         eventually(&format!("a new replica of {service} answers"), async || {

@@ -1,4 +1,4 @@
-//! A broker, provisioned, with services on it.
+//! A provisioned broker with services.
 
 use async_nats::Client;
 use contract::streams::NUMBERS;
@@ -9,11 +9,11 @@ use tokio::net::TcpStream;
 
 use crate::{Broker, HTTP_PORT, Process, Replicas, Scratch, connect, network, patience};
 
-/// A provisioned broker and what runs on it. The parts are public: tests kill and freeze them.
+/// A provisioned broker, on which a test starts services.
 pub struct Pipeline {
     /// The broker.
     pub broker: Broker,
-    /// A client of the test's own.
+    /// The client of the test.
     pub client: Client,
     replicas: Replicas,
     /// The directory of the test. Dropped last.
@@ -28,7 +28,7 @@ impl Pipeline {
         Self::on(scratch, broker).await
     }
 
-    /// The same on a broker that is there already.
+    /// As [`Self::new`], on a broker that already runs.
     pub async fn on(scratch: Scratch, broker: Broker) -> Self {
         let client = connect(&broker).await;
         let replicas = Replicas::default();
@@ -38,7 +38,7 @@ impl Pipeline {
         pipeline
     }
 
-    /// A generator that answers.
+    /// Starts a generator and waits until it answers.
     pub async fn generator(&self, parity: Parity) -> Process {
         let url = self.broker.url();
         let args = ["--parity", parity.name(), "--nats", &url];
@@ -55,14 +55,14 @@ impl Pipeline {
         ]
     }
 
-    /// A multiplier with slots of this many milliseconds.
+    /// Starts a multiplier with this length of a slot.
     pub async fn multiplier(&self, slot_ms: u64) -> Process {
         let (url, slot_ms) = (self.broker.url(), slot_ms.to_string());
         let args = ["--nats", &url, "--slot-ms", &slot_ms];
         self.started("multiplier", &args, "multiplier").await
     }
 
-    /// As many multipliers as the caller takes.
+    /// Starts `N` multipliers.
     pub async fn multipliers<const N: usize>(&self, slot_ms: u64) -> [Process; N] {
         let mut all = Vec::with_capacity(N);
         for _ in 0..N {
@@ -71,24 +71,24 @@ impl Pipeline {
         all.try_into().ok().unwrap()
     }
 
-    /// A gateway, and the address it serves.
+    /// Starts a gateway, and returns it with its address.
     pub async fn gateway(&self) -> (Process, String) {
         self.gateway_with(&[]).await
     }
 
-    /// A gateway with further arguments.
+    /// Starts a gateway with further arguments.
     pub async fn gateway_with(&self, args: &[&str]) -> (Process, String) {
         let gateway = gateway(&self.scratch, &self.broker.url(), args).await;
         self.replicas.appear(&self.client, "gateway").await;
         gateway
     }
 
-    /// Publishes one more product, the same every time, and returns its sequence.
+    /// Publishes a product, which is always the same one, and returns its sequence.
     pub async fn publish(&self, slot: u64) -> u64 {
         publish(&self.client, slot).await
     }
 
-    /// Publishes whatever it is.
+    /// Publishes any payload, and returns its sequence.
     pub async fn store(&self, slot: u64, payload: Vec<u8>) -> u64 {
         store(&self.client, slot, payload).await
     }
@@ -99,7 +99,7 @@ impl Pipeline {
         process
     }
 
-    /// Runs `evenodd` with these arguments on the broker: its exit status and output.
+    /// Runs `evenodd` with these arguments on the broker, and returns its exit status and output.
     pub async fn evenodd(&self, args: &[&str]) -> (Option<i32>, String) {
         let url = self.broker.url();
         let args = [args, &["--nats", &url]].concat();
@@ -107,7 +107,7 @@ impl Pipeline {
         (process.wait().await.code(), process.log())
     }
 
-    /// The whole history (of less than a thousand messages).
+    /// The whole history, if it has at most a thousand messages.
     pub async fn history(&self) -> Vec<Entry> {
         self.entries(1, history::MAX_BATCH).await
     }
@@ -117,14 +117,14 @@ impl Pipeline {
         history::read(&self.client, NUMBERS, from, limit).await.unwrap()
     }
 
-    /// `evenodd verify` finds no fault.
+    /// Asserts that `evenodd verify` finds no fault.
     pub async fn verify(&self) {
         let (status, output) = self.evenodd(&["verify"]).await;
         assert_eq!(status, Some(0), "{output}");
     }
 }
 
-/// A gateway that may or may not find a broker, and the address it serves.
+/// Starts a gateway, with or without a broker, and returns it with its address.
 pub async fn gateway(scratch: &Scratch, url: &str, args: &[&str]) -> (Process, String) {
     let address = format!("{}.1:{HTTP_PORT}", network());
     let args = [&["--nats", url, "--http", &address], args].concat();
@@ -133,7 +133,7 @@ pub async fn gateway(scratch: &Scratch, url: &str, args: &[&str]) -> (Process, S
     (process, address)
 }
 
-/// Publishes one more product, the same every time, and returns its sequence.
+/// Publishes a product, which is always the same one, and returns its sequence.
 pub async fn publish(client: &Client, slot: u64) -> u64 {
     store(client, slot, Product::new(846, 511).unwrap().encode()).await
 }

@@ -1,4 +1,4 @@
-//! One process of ours: started, watched, signalled, and never left behind.
+//! A process that a test starts and that ends with the test.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -15,18 +15,18 @@ use crate::{Scratch, patience, repository};
 pub struct Process {
     child: Child,
     log: PathBuf,
-    /// What to start again.
+    /// The command for a restart.
     command: Vec<String>,
     variables: Vec<(&'static str, &'static str)>,
 }
 
 impl Process {
-    /// Starts one of the project's binaries, its output going to a file in `scratch`.
+    /// Starts one of the project's binaries. Its output goes to a file in `scratch`.
     pub fn start(scratch: &Scratch, binary: &str, args: &[&str]) -> Self {
         Self::start_with(scratch, binary, args, &[])
     }
 
-    /// The same with variables in its environment.
+    /// As [`Self::start`], with environment variables.
     pub fn start_with(
         scratch: &Scratch,
         binary: &str,
@@ -39,7 +39,7 @@ impl Process {
         Self::spawn(scratch, binary, command, variables.to_vec())
     }
 
-    /// Starts another program; the name is that of its log.
+    /// Starts another program. `name` is the name of its log.
     pub fn start_command(scratch: &Scratch, name: &str, command: Vec<String>) -> Self {
         Self::spawn(scratch, name, command, Vec::new())
     }
@@ -70,7 +70,7 @@ impl Process {
         self.child.id()
     }
 
-    /// Everything it has printed so far.
+    /// All output of the process so far.
     #[must_use]
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap()).into_owned()
@@ -81,7 +81,7 @@ impl Process {
         kill(Pid::from_raw(self.pid().cast_signed()), signal).unwrap();
     }
 
-    /// Ends it without a chance to do anything about it, and waits until it is gone.
+    /// Sends SIGKILL, and waits for the end.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -106,7 +106,7 @@ impl Process {
         self.until("it ends", async |process| process.exit_status()).await
     }
 
-    /// Waits until its output holds `text`, and returns the first line that does.
+    /// Waits until the output contains `text`, and returns the first line that does.
     pub async fn wait_for(&mut self, text: &str) -> String {
         self.until(text, async |process| {
             let log = process.log();
@@ -119,7 +119,7 @@ impl Process {
         .await
     }
 
-    /// Waits until there is a value.
+    /// Waits until `probe` returns a value.
     ///
     /// # Panics
     /// If there is none within [`patience`].
@@ -135,7 +135,7 @@ impl Process {
             }
             assert!(
                 start.elapsed() < patience(),
-                "{}: waited in vain for: {what}\n{}",
+                "{}: timeout while waiting for: {what}\n{}",
                 self.command[0],
                 self.log()
             );
@@ -169,7 +169,7 @@ fn spawn(command: &[String], variables: &[(&str, &str)], log: &Path) -> Child {
         .unwrap_or_else(|e| panic!("{}: {e}", command[0]))
 }
 
-/// The directory with the binaries of this very source.
+/// The directory with the binaries, built from the current source.
 fn binaries() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
@@ -182,7 +182,7 @@ fn binaries() -> &'static Path {
         if directory.ends_with("release") {
             build.arg("--release");
         }
-        // What cargo says to a test about its package would make build scripts run again.
+        // These variables, which cargo sets for a test, would make build scripts run again.
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
             if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {

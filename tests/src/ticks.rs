@@ -1,4 +1,4 @@
-//! Watching `ticks.done`, and holding the two streams against each other.
+//! Watches `ticks.done`, and compares the two streams.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,14 +11,14 @@ use runtime::history::{self, Entry, MAX_BATCH};
 
 use crate::{eventually, patience};
 
-/// All ticks since it was made.
+/// A subscription to all ticks.
 pub struct Ticks {
     draws: Subscriber,
     seen: Vec<Draw>,
 }
 
 impl Ticks {
-    /// Starts to listen. What is ticked once this has returned is heard.
+    /// Subscribes. All ticks after the return of this function are heard.
     pub async fn watch(client: &Client) -> Self {
         let draws = client.subscribe(subjects::DONE).await.unwrap();
         client.flush().await.unwrap();
@@ -45,7 +45,7 @@ impl Ticks {
         taken
     }
 
-    /// Reads on until there is a tick for which `condition` holds.
+    /// Reads ticks until `condition` holds for one.
     pub async fn until(&mut self, condition: impl Fn(&Draw) -> bool) -> Draw {
         let deadline = tokio::time::Instant::now() + patience();
         loop {
@@ -57,7 +57,7 @@ impl Ticks {
         }
     }
 
-    /// Everything that came by now, after the ticking has stopped.
+    /// All ticks so far, including those before a pause.
     pub async fn all_so_far(&mut self) -> &[Draw] {
         let quiet = Duration::from_millis(300);
         while let Ok(Some(message)) = tokio::time::timeout(quiet, self.draws.next()).await {
@@ -67,36 +67,37 @@ impl Ticks {
     }
 }
 
-/// What both streams have, by slot.
+/// The contents of both streams, by slot.
 #[derive(Debug)]
 pub struct Audit {
     /// The draw of each slot.
     pub draws: BTreeMap<Slot, Stored<Draw>>,
-    /// The numbers in the history, from the first of these draws on.
+    /// The products in the history, from the first of these draws on.
     pub numbers: BTreeMap<Slot, Stored<Product>>,
 }
 
 /// A message of a stream.
 #[derive(Clone, Debug)]
 pub struct Stored<T> {
-    /// Its place in the stream.
+    /// The sequence in the stream.
     pub sequence: u64,
     /// When it was stored, since the Unix epoch.
     pub at: Duration,
-    /// What it says.
+    /// The decoded payload.
     pub value: T,
 }
 
 impl Audit {
-    /// Reads both streams, once every draw whose product is due has it in the history.
+    /// Waits until every product that is due is in the history, and reads both streams.
     ///
     /// # Panics
-    /// If a product that is due does not get there, a slot has two draws or two numbers, or a number
-    /// that is not the product of its draw.
+    /// If a product that is due does not reach the history, or if a slot has two draws, two
+    /// products, or a product that is not that of its draw.
     pub async fn of(client: &Client) -> Self {
         let mut audit = Self { draws: BTreeMap::new(), numbers: BTreeMap::new() };
         eventually("every product that is due is in the history", async || {
-            // In this order a number that comes meanwhile has its draw.
+            // In this order every product in `numbers` has its draw, even if one is stored
+            // meanwhile.
             audit.numbers = by_slot(client, NUMBERS).await;
             audit.draws = by_slot(client, TICKS).await;
             let due = audit.draws.iter().filter(|(_, draw)| draw.value.due().is_some());
@@ -123,7 +124,7 @@ impl Audit {
         (first.0..last.0).map(Slot).filter(|slot| !self.draws.contains_key(slot)).collect()
     }
 
-    /// The slots whose draw has no product, because generators did not answer.
+    /// The slots whose draw lacks a factor, because no generator answered in time.
     #[must_use]
     pub fn without_numbers(&self) -> Vec<Slot> {
         let without = self.draws.iter().filter(|(_, draw)| draw.value.product().is_none());

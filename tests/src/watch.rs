@@ -1,4 +1,4 @@
-//! What people and programs outside see of a cluster while something happens to it.
+//! What clients see of a cluster while faults happen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -17,18 +17,18 @@ use crate::cluster::{self, BROKERS, HTTP};
 use crate::http::{Answer, Lines, try_get};
 use crate::ticks::slot;
 
-/// Reads `/numbers` again and again, each time over a connection of its own.
+/// Requests `/numbers` repeatedly, each time on a new connection.
 pub struct Poll {
     stop: CancellationToken,
     task: JoinHandle<Polled>,
 }
 
-/// What came of it.
+/// The result of a [`Poll`].
 #[derive(Debug, Default)]
 pub struct Polled {
     /// How many requests were answered.
     pub answered: usize,
-    /// What was wrong with the others.
+    /// What was wrong with the other requests.
     pub faults: Vec<String>,
     /// The longest time from one answer to the next.
     pub longest_gap: Duration,
@@ -66,28 +66,28 @@ impl Poll {
         Self { stop, task }
     }
 
-    /// Stops, and says what came of it.
+    /// Stops, and returns the result.
     pub async fn stop(self) -> Polled {
         self.stop.cancel();
         self.task.await.unwrap()
     }
 }
 
-/// Whether it is the numbers, all that were announced.
+/// Whether the answer has all the records that it announces.
 fn is_whole(answer: &Answer) -> bool {
     let body = serde_json::from_str::<Value>(&answer.body).unwrap_or_default();
     let count = body["numbers"].as_array().map(|numbers| numbers.len() as u64);
     answer.status == 200 && count.is_some() && body["count"].as_u64() == count
 }
 
-/// Follows the live feed as a browser does: when it ends, it goes on where it was.
+/// Follows the live feed as a browser does: when the feed ends, it resumes at its position.
 pub struct Follow {
     stop: CancellationToken,
     task: JoinHandle<Vec<u64>>,
 }
 
 impl Follow {
-    /// Starts with what comes next.
+    /// Starts with the next record.
     #[must_use]
     pub fn start() -> Self {
         let stop = CancellationToken::new();
@@ -95,7 +95,7 @@ impl Follow {
         Self { stop, task }
     }
 
-    /// Stops, and returns the sequences that came, in their order.
+    /// Stops, and returns the sequences in the order of their arrival.
     pub async fn stop(self) -> Vec<u64> {
         self.stop.cancel();
         self.task.await.unwrap()
@@ -107,7 +107,7 @@ async fn follow(stop: CancellationToken) -> Vec<u64> {
     while !stop.is_cancelled() {
         let resume = sequences.last().map(|last| format!("Last-Event-ID: {last}"));
         let headers: Vec<&str> = resume.iter().map(String::as_str).collect();
-        // HAProxy itself may be away for a moment.
+        // HAProxy itself may be down for a moment.
         let feed = Lines::try_open(HTTP, "/numbers/live", &headers).await;
         let mut feed = feed.ok().filter(|feed| feed.status == 200);
         while let Some(feed) = &mut feed {
@@ -127,14 +127,13 @@ async fn follow(stop: CancellationToken) -> Vec<u64> {
     sequences
 }
 
-/// `numbers.published`, heard at every broker by somebody without a key, and what the streams store
-/// meanwhile.
+/// Watches the streams, and subscribes to `numbers.published` at every broker without a key.
 pub struct Watch {
     from: Slot,
     heard: Vec<(&'static str, Subscriber)>,
 }
 
-/// What was stored in a time.
+/// What a [`Watch`] has seen.
 #[derive(Debug)]
 pub struct Watched {
     /// Slots without a draw.
@@ -147,12 +146,12 @@ pub struct Watched {
     pub publish_delay: Duration,
     /// How many products were stored in a slot later than their own.
     pub late: usize,
-    /// How many numbers were heard twice, at each broker where there were any.
+    /// How many records were heard twice, for each broker that has any.
     pub heard_twice: BTreeMap<&'static str, usize>,
 }
 
 impl Watched {
-    /// How many numbers were heard twice, leaving out the listener of the container that failed.
+    /// How many records were heard twice, except by the subscriber of the container that failed.
     #[must_use]
     pub fn heard_twice_beside(&self, failed: &str) -> usize {
         let twice = self.heard_twice.iter();
@@ -182,7 +181,7 @@ impl Watch {
     /// If a draw above the threshold is not in the history.
     pub async fn stop(self, operator: &Client) -> Watched {
         let until = now();
-        // There may still be an election.
+        // A leader election may still be going on.
         cluster::in_time("slots are drawn up to now", async || {
             let last = history::last(operator, TICKS).await;
             last.is_ok_and(|last| last.is_some_and(|last| slot(&last) >= until))
@@ -217,13 +216,13 @@ impl Watch {
     }
 }
 
-/// The slot of this moment.
+/// The current slot.
 #[must_use]
 pub fn now() -> Slot {
     SlotLength::DEFAULT.slot_at(SystemTime::now().duration_since(UNIX_EPOCH).unwrap())
 }
 
-/// Whether these are all the numbers from the first to the last, each once.
+/// Whether these are all sequences from the first to the last, each once.
 #[must_use]
 pub fn without_gap_or_repeat(sequences: &[u64]) -> bool {
     let distinct: BTreeSet<_> = sequences.iter().collect();

@@ -1,4 +1,4 @@
-//! Brokers, multipliers and gateways are taken off the network and put back.
+//! Brokers, multipliers and gateways are cut off the network and reconnected.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use tests::watch::{Follow, Poll, Watch, without_gap_or_repeat};
 
 use crate::Cluster;
 
-pub async fn any_cable_may_break(cluster: Cluster) {
+pub async fn any_container_may_be_cut_off(cluster: Cluster) {
     let brokers = BROKERS.map(|broker| (cluster::container(broker), broker));
     let services = ["multiplier", "gateway"]
         .into_iter()
@@ -33,27 +33,27 @@ pub async fn any_cable_may_break(cluster: Cluster) {
             polled.longest_gap.as_millis(),
         );
         assert_eq!(polled.faults, Vec::<String>::new(), "{container}");
-        // What a gateway has taken and cannot answer is asked of another one after 5 s.
+        // After 5 s HAProxy repeats a request on another gateway.
         assert!(polled.longest_gap < Duration::from_secs(7), "{container}: {polled:?}");
         assert!(without_gap_or_repeat(&sequences), "{container}: {sequences:?}");
         assert_eq!(watched.missed, [], "{container}");
         assert_eq!(watched.heard_twice_beside(&container), 0, "{container}: {watched:?}");
     }
-    the_network_falls_apart(&cluster).await;
+    the_network_is_partitioned(&cluster).await;
     cluster.heals().await;
-    // Brokers that know each other by address find no certificate for it, and try again for ever.
+    // A broker that knows another one by address finds no certificate for it, and retries for ever.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let log = compose(&[&["logs", "--no-color", "--since", "3s"], &BROKERS[..]].concat());
     assert!(!log.contains("handshake error"), "{log}");
-    // A store that cannot be read any more (docs/adr/0011-no-compression.md) is told of once, when its
-    // server has forgotten what it wrote and reads it: after a while without publications.
+    // A server reports an unreadable store (docs/adr/0011-no-compression.md) once, when it reads it
+    // again: after some time without publications, when its cache has expired.
     let log = compose(&[&["logs", "--no-color"], &BROKERS[..]].concat());
     let unreadable: Vec<_> = log.lines().filter(|line| line.contains("ritical")).collect();
     assert!(unreadable.is_empty(), "{unreadable:#?}");
 }
 
-/// One broker, a multiplier and a generator of each kind on the one side, all others on the other.
-async fn the_network_falls_apart(cluster: &Cluster) {
+/// One side has a broker, a multiplier and a generator of each parity. The other has all the rest.
+async fn the_network_is_partitioned(cluster: &Cluster) {
     cluster.heals().await;
     let other = format!("{}-other", cluster::PROJECT);
     docker(&["network", "create", &other]);
@@ -73,7 +73,7 @@ async fn the_network_falls_apart(cluster: &Cluster) {
     cluster.heals().await;
     tokio::time::sleep(Duration::from_secs(8)).await;
     let watched = watch.stop(&cluster.operator).await;
-    println!("  two parts: {watched:?}");
+    println!("  network partition: {watched:?}");
     assert_eq!(watched.missed, []);
     assert_eq!(watched.heard_twice_beside(&part[0].0), 0);
 }

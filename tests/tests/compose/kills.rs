@@ -9,14 +9,14 @@ use tests::watch::{Follow, Poll, Watch, without_gap_or_repeat};
 
 use crate::Cluster;
 
-pub async fn any_process_may_die(cluster: Cluster) {
+pub async fn any_process_may_be_killed(cluster: Cluster) {
     for container in containers("") {
         cluster.heals().await;
         let before = inspect(&container, "{{.RestartCount}}");
         let (watch, poll, follow) = (Watch::start().await, Poll::start(), Follow::start());
         tokio::time::sleep(Duration::from_secs(2)).await;
         cluster::crash(slice::from_ref(&container));
-        // An election takes 4 to 9 s.
+        // A leader election takes 4 to 9 s.
         tokio::time::sleep(Duration::from_secs(10)).await;
         let (polled, sequences) = (poll.stop().await, follow.stop().await);
         let watched = watch.stop(&cluster.operator).await;
@@ -30,10 +30,10 @@ pub async fn any_process_may_die(cluster: Cluster) {
             polled.longest_gap.as_millis(),
         );
         assert_eq!(watched.missed, [], "{container}");
-        // Who listens at a broker that crashes may hear a number again.
+        // A subscriber at a broker that crashes may hear a record again.
         assert_eq!(watched.heard_twice_beside(&container), 0, "{container}: {watched:?}");
         assert_eq!(watched.without_numbers, [], "{container}");
-        // The way in itself is away until Docker has started it again.
+        // Nothing can be reached until Docker has restarted HAProxy.
         if !container.contains("haproxy") {
             assert_eq!(polled.faults, Vec::<String>::new(), "{container}");
             assert!(without_gap_or_repeat(&sequences), "{container}: {sequences:?}");
@@ -44,14 +44,14 @@ pub async fn any_process_may_die(cluster: Cluster) {
     cluster.heals().await;
 }
 
-/// How many messages make a block of the history so large that a server may rewrite it when it
+/// With this many messages, a block of the history is so large that a server may rewrite it when it
 /// starts.
 const REWRITTEN: u64 = 320;
 
-/// All brokers crash in the same moment, again and again.
-pub async fn all_brokers_may_die_at_once(cluster: Cluster) {
+/// All brokers crash at the same moment, three times.
+pub async fn all_brokers_may_be_killed_at_once(cluster: Cluster) {
     let brokers = BROKERS.map(cluster::container);
-    // In a minute there are some 80.
+    // About 80 are published in a minute.
     cluster::within(Duration::from_mins(6), "there are enough messages", async || {
         let info = cluster::stream_info(&cluster.operator, NUMBERS).await;
         info.is_some_and(|info| info.state.last_sequence >= REWRITTEN)

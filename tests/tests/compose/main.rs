@@ -1,5 +1,5 @@
-//! The cluster of `docker-compose.yml`, from nothing to the end: one cluster, one step after the
-//! other. `make test-compose` runs all of them, `make test-compose ARGS="kills cuts"` some.
+//! Tests of the cluster of `docker-compose.yml`: one cluster, and one step after the other.
+//! `make test-compose` runs all steps, and `make test-compose ARGS="kills cuts"` only these.
 
 #![allow(clippy::disallowed_types, clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 
@@ -23,7 +23,7 @@ use futures::FutureExt;
 use tests::Scratch;
 use tests::cluster::{self, HTTP, Keys, NATS, compose, in_time, is_whole};
 
-/// A cluster that runs.
+/// The running cluster.
 pub struct Cluster {
     keys: Keys,
     operator: Client,
@@ -31,7 +31,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Of the containers that are there.
+    /// Connects to the running containers.
     async fn attach() -> Self {
         let scratch = Scratch::new();
         let keys = Keys::copy(&scratch, "keys");
@@ -39,24 +39,24 @@ impl Cluster {
         Self { keys, operator, scratch }
     }
 
-    /// Waits until everything is as it was before a fault.
+    /// Waits until all containers are healthy and all brokers are current.
     async fn heals(&self) {
         in_time("it heals", async || is_whole(&self.operator).await).await;
     }
 }
 
-/// A step: a name, and what it does with the cluster.
+/// A step: its name, and the test that it runs on the cluster.
 type Step = (&'static str, fn(Cluster) -> Pin<Box<dyn Future<Output = ()>>>);
 
-/// In this order. Each leaves a whole cluster behind.
+/// All steps, in their order. Each leaves a healthy cluster behind.
 const STEPS: [Step; 10] = [
     ("start", |cluster| Box::pin(start::the_cluster_is_redundant(cluster))),
-    ("permissions", |cluster| Box::pin(permissions::everybody_may_do_what_they_need(cluster))),
+    ("permissions", |cluster| Box::pin(permissions::each_user_may_do_only_what_it_needs(cluster))),
     ("strangers", |cluster| Box::pin(permissions::strangers_are_refused(cluster))),
     ("scaling", |cluster| Box::pin(scaling::services_come_and_go(cluster))),
-    ("kills", |cluster| Box::pin(kills::any_process_may_die(cluster))),
-    ("blackouts", |cluster| Box::pin(kills::all_brokers_may_die_at_once(cluster))),
-    ("cuts", |cluster| Box::pin(cuts::any_cable_may_break(cluster))),
+    ("kills", |cluster| Box::pin(kills::any_process_may_be_killed(cluster))),
+    ("blackouts", |cluster| Box::pin(kills::all_brokers_may_be_killed_at_once(cluster))),
+    ("cuts", |cluster| Box::pin(cuts::any_container_may_be_cut_off(cluster))),
     ("update", |cluster| Box::pin(update::a_new_version_takes_over(cluster))),
     ("restarts", |cluster| Box::pin(restarts::brokers_are_restarted_in_turn(cluster))),
     ("takeover", |cluster| Box::pin(takeover::a_history_is_taken_over(cluster))),
@@ -68,7 +68,10 @@ async fn main() -> ExitCode {
         std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
     let unknown = wanted.iter().find(|name| STEPS.iter().all(|(step, _)| step != name));
     if let Some(name) = unknown {
-        eprintln!("there is no step {name}; there are {}", STEPS.map(|(step, _)| step).join(" "));
+        eprintln!(
+            "there is no step {name}; the steps are {}",
+            STEPS.map(|(step, _)| step).join(" ")
+        );
         return ExitCode::from(2);
     }
     cluster::remove(takeover::OLD);
@@ -76,7 +79,7 @@ async fn main() -> ExitCode {
     for address in [HTTP, NATS] {
         if let Err(error) = TcpListener::bind(address) {
             eprintln!(
-                "{address}: {error}. Stop what listens there; the cluster publishes this port."
+                "cannot listen on {address}: {error}. The cluster needs this port: stop what uses it."
             );
             return ExitCode::FAILURE;
         }
@@ -96,7 +99,7 @@ async fn main() -> ExitCode {
             println!("{}", compose(&["logs", "--no-color", "--tail", "40"]));
             cluster::remove(takeover::OLD);
             compose(&["down", "--volumes", "--timeout", "5"]);
-            // Once more, after all these lines.
+            // The reason comes last, where it is easy to find.
             let why = panic.downcast_ref::<String>().map_or("see above", String::as_str);
             println!("{name} FAILED: {why}");
             return ExitCode::FAILURE;

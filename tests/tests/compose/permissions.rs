@@ -1,4 +1,4 @@
-//! Each user may do what it needs and nothing else; whoever is none may look.
+//! Each user may do what it needs and nothing else. Clients without a key may only subscribe.
 
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use tokio::sync::mpsc;
 
 use crate::Cluster;
 
-/// What one may try to publish to. Messages carry a header with which no stream takes them.
+/// The subjects to which each user tries to publish. A header keeps the streams from storing the
+/// messages.
 const PUBLISH: [&str; 32] = [
     "numbers.even",
     "numbers.odd",
@@ -47,7 +48,7 @@ const PUBLISH: [&str; 32] = [
     "_INBOX_operator.x",
 ];
 
-/// What one may try to listen to: a subject, and perhaps a queue group.
+/// What each user tries to subscribe to: a subject, and a queue group after a space.
 const SUBSCRIBE: [&str; 22] = [
     ">",
     "*.*",
@@ -73,7 +74,7 @@ const SUBSCRIBE: [&str; 22] = [
     "_INBOX_*.>",
 ];
 
-/// Who may do which of these.
+/// For each user, the subjects and subscriptions that are allowed.
 const ALLOWED: [(&str, &[&str], &[&str]); 5] = [
     (
         "even",
@@ -118,7 +119,7 @@ const ALLOWED: [(&str, &[&str], &[&str]); 5] = [
     ("viewer", &[], &["numbers.published", "ticks.done"]),
 ];
 
-/// A connection, and what the server refuses on it.
+/// A connection, and the refusals that the server has sent on it.
 struct User {
     client: Client,
     refusals: mpsc::UnboundedReceiver<String>,
@@ -136,7 +137,7 @@ impl User {
         Self { client: options.connect(NATS).await.unwrap(), refusals }
     }
 
-    /// Whether the server refuses what was just asked of it. It says nothing if it does not.
+    /// Whether the server refuses the last operation. The server sends nothing if it allows it.
     async fn is_refused(&mut self, expected: bool) -> bool {
         self.client.flush().await.unwrap();
         let patience = if expected { patience() } else { Duration::from_millis(100) };
@@ -150,7 +151,7 @@ impl User {
     }
 }
 
-pub async fn everybody_may_do_what_they_need(cluster: Cluster) {
+pub async fn each_user_may_do_only_what_it_needs(cluster: Cluster) {
     cluster.heals().await;
     for (name, publish, subscribe) in ALLOWED {
         let options =
@@ -171,18 +172,18 @@ pub async fn everybody_may_do_what_they_need(cluster: Cluster) {
             let refused = !subscribe.contains(&subscription);
             assert_eq!(user.is_refused(refused).await, refused, "{name} listens to {subscription}");
         }
-        // None of the lists has a word that is not tried.
+        // Everything that is allowed is among what is tried.
         assert!(publish.iter().all(|subject| PUBLISH.contains(subject)));
         assert!(subscribe.iter().all(|subject| SUBSCRIBE.contains(subject)));
     }
-    nobody_writes_through_a_reply_subject(&cluster).await;
-    // The services themselves have asked for nothing that they may not.
+    no_service_replies_to_a_subject_of_the_pipeline(&cluster).await;
+    // The services themselves have tried nothing that is forbidden.
     let logs = compose(&["logs", "--no-color", "multiplier", "gateway"]);
     assert!(!logs.contains("Violation"), "{logs}");
 }
 
-/// Whoever asks names the subject of the answer. Whoever answers must not follow blindly.
-async fn nobody_writes_through_a_reply_subject(cluster: &Cluster) {
+/// The requester chooses the reply subject. A service must not reply to a subject of the pipeline.
+async fn no_service_replies_to_a_subject_of_the_pipeline(cluster: &Cluster) {
     let gateway = User::connect(cluster.keys.options("gateway")).await.client;
     let mut draws = cluster.operator.subscribe("ticks.*").await.unwrap();
     cluster.operator.flush().await.unwrap();
@@ -208,11 +209,11 @@ async fn nobody_writes_through_a_reply_subject(cluster: &Cluster) {
     println!("  {}", verified.lines().last().unwrap());
 }
 
-/// Without a key there is only what `viewer` may; without a certificate there are no routes.
+/// A foreign key is refused, and so is a server with a foreign certificate.
 pub async fn strangers_are_refused(cluster: Cluster) {
     cluster.heals().await;
     let ips = BROKERS.map(|broker| ip(&container(broker)));
-    // Another cluster's keys: an authority, a server's certificate and users that are unknown here.
+    // The keys of another cluster: an authority, server certificates and users unknown to this one.
     let foreign = cluster.scratch.path("foreign");
     let directory = foreign.to_str().unwrap();
     let image = ["run", "--rm", "--user", "0", "--entrypoint", "evenodd", "--volume"];
@@ -225,7 +226,7 @@ pub async fn strangers_are_refused(cluster: Cluster) {
             .add_root_certificates(cluster.keys.path("ca.pem"))
             .connect(NATS)
             .await
-            .expect_err("a foreign key is taken");
+            .expect_err("a foreign key is accepted");
         assert!(error.to_string().contains("authorization violation"), "{error}");
         let options = cluster.keys.options(user).add_root_certificates(foreign.join("ca.pem"));
         let connected = tokio::time::timeout(Duration::from_secs(3), async {
@@ -236,8 +237,8 @@ pub async fn strangers_are_refused(cluster: Cluster) {
         });
         assert!(connected.await.is_err(), "a service trusts a foreign certificate");
     }
-    // Somebody who would be a member of the cluster: in the clear, with a foreign certificate, and,
-    // so that this test can fail, with the right one.
+    // A server tries to join the cluster: without TLS, with a foreign certificate, and with the
+    // right one. The last attempt succeeds, which shows that the test can detect a join.
     for (tls, joins) in [(String::new(), false), (tls("/foreign"), false), (tls("/right"), true)] {
         let configuration = cluster.scratch.path("stranger.conf");
         let routes =
@@ -273,7 +274,7 @@ pub async fn strangers_are_refused(cluster: Cluster) {
         let seen = BROKERS.iter().any(|broker| routes_of(broker).contains("stranger"));
         let running = inspect(&stranger, "{{.State.Running}}") == "true";
         docker(&["rm", "--force", &stranger]);
-        assert!(running, "it is no server");
+        assert!(running, "the server does not run");
         assert_eq!(seen, joins, "with {tls:?}");
     }
     cluster.heals().await;
@@ -286,7 +287,7 @@ fn tls(mounted: &str) -> String {
     )
 }
 
-/// What a broker's monitoring says of its routes.
+/// The routes of a broker, from its monitoring.
 fn routes_of(broker: &str) -> String {
     let url = "http://127.0.0.1:8222/routez";
     docker(&["exec", &container(broker), "wget", "-q", "-O", "-", url])

@@ -1,4 +1,4 @@
-//! Orderly restarts: of the brokers, one after the other, and of everything.
+//! Orderly restarts of the brokers, one after the other, and of the whole cluster.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,7 +16,7 @@ pub async fn brokers_are_restarted_in_turn(cluster: Cluster) {
     for broker in BROKERS {
         cluster.heals().await;
         let watch = Watch::start().await;
-        // SIGUSR2 (lame duck), and a start when the server has ended.
+        // Sends SIGUSR2 (lame duck mode), and starts the server again when it has ended.
         tokio::task::block_in_place(|| compose(&["restart", broker]));
         let watched = watch.stop(&cluster.operator).await;
         println!(
@@ -27,7 +27,7 @@ pub async fn brokers_are_restarted_in_turn(cluster: Cluster) {
         assert_eq!((watched.missed, watched.heard_twice), (vec![], BTreeMap::new()), "{broker}");
         assert_eq!(
             watched.late, 0,
-            "{broker}: a number was published in a later slot than its own"
+            "{broker}: a product was published in a later slot than its own"
         );
     }
     cluster.heals().await;

@@ -1,4 +1,4 @@
-//! Services are scaled up and down while people use them.
+//! Services are scaled up and down while clients use them.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

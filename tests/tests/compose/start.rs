@@ -1,4 +1,4 @@
-//! From nothing to numbers, and that what runs is what was meant.
+//! The first start of the cluster, and checks of what then runs.
 
 use contract::Message;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use tests::patience;
 
 use crate::Cluster;
 
-/// How many containers of each service there are at first.
+/// The number of containers of each service after the start.
 const CONTAINERS: [(&str, usize); 9] = [
     ("nats-1", 1),
     ("nats-2", 1),
@@ -25,12 +25,12 @@ const CONTAINERS: [(&str, usize); 9] = [
     ("keys", 0),
 ];
 
-/// `docker compose up`, with the images there: numbers within a minute.
+/// `docker compose up`, with the images in place: there are records within a minute.
 pub async fn from_nothing() {
     let begun = Instant::now();
     compose(&["up", "--detach"]);
     let up = begun.elapsed();
-    in_time("there are numbers", async || {
+    in_time("there are records", async || {
         let answer = try_get(HTTP, "/numbers").await;
         answer.is_ok_and(|answer| answer.status == 200 && answer.json()["count"] != 0)
     })
@@ -38,7 +38,7 @@ pub async fn from_nothing() {
     let numbers = begun.elapsed();
     assert!(numbers < Duration::from_mins(1), "{numbers:?}");
     println!(
-        "up after {:.1} s, the first number after {:.1} s",
+        "up after {:.1} s, the first record after {:.1} s",
         up.as_secs_f64(),
         numbers.as_secs_f64()
     );
@@ -64,7 +64,7 @@ pub async fn the_cluster_is_redundant(cluster: Cluster) {
         members.sort();
         assert_eq!(members, BROKERS, "{stream}");
     }
-    // Nothing but a client and its library's defaults: no key, no certificate.
+    // A client with the defaults of its library: no key, no certificate.
     let anybody = async_nats::connect(NATS).await.unwrap();
     let mut live = anybody.subscribe("numbers.published").await.unwrap();
     let message = tokio::time::timeout(patience(), live.next()).await.unwrap();
@@ -73,7 +73,7 @@ pub async fn the_cluster_is_redundant(cluster: Cluster) {
     {
         assert_eq!(get(HTTP, path, &[]).await.status, status, "{path}");
     }
-    in_time("everybody is alive", async || {
+    in_time("all replicas are alive", async || {
         let replicas = get(HTTP, "/replicas", &[]).await.json();
         replicas["replicas"].as_array().is_some_and(|all| all.len() == 8)
     })
@@ -122,7 +122,7 @@ fn every_container_is_confined() {
     }
 }
 
-/// Each secret in the volume can be read by those who need it alone: that is what the groups are.
+/// Only the service that needs a secret can read it in the volume. The groups ensure this.
 fn secrets_are_where_they_belong(cluster: &Cluster) {
     let volume = format!("{}:/keys:ro", "evenodd-test_keys");
     for (service, own) in [
@@ -133,12 +133,12 @@ fn secrets_are_where_they_belong(cluster: &Cluster) {
     ] {
         let user = inspect(&cluster::container(service), "{{.Config.User}}");
         for file in cluster.keys.contents().keys() {
-            // The image of the brokers has a shell; what counts is the user.
+            // Uses the image of the brokers because it has a shell. Only the user matters.
             let read = format!("cat /keys/{file} >/dev/null 2>&1 && echo yes || echo no");
             let args = ["run", "--rm", "--user", &user, "--volume", &volume, "--entrypoint", "sh"];
             let args = [&args[..], &["nats:2.15.1-alpine", "-c", &read]].concat();
             let public = file.ends_with(".pem") || file == "users.conf";
-            // The job that makes them has made all of them.
+            // The service `keys` owns all files, because it made them.
             let may = public || file == own || service == "keys";
             assert_eq!(docker(&args), if may { "yes" } else { "no" }, "{service} and {file}");
         }

@@ -1,4 +1,4 @@
-//! A history that was made on one machine moves into the cluster.
+//! The history of a single broker is copied into the cluster.
 
 use contract::streams::NUMBERS;
 use contract::{Message, Product, Slot, subjects};
@@ -13,14 +13,14 @@ use tests::watch;
 use crate::Cluster;
 
 const MESSAGES: u64 = 5000;
-/// The broker that has the history at first.
+/// The container of the broker that has the history at first.
 pub const OLD: &str = "evenodd-test-old";
 
 pub async fn a_history_is_taken_over(cluster: Cluster) {
     let scratch = &cluster.scratch;
     tokio::task::block_in_place(|| {
         compose(&["down", "--volumes"]);
-        // Brokers alone: nothing is published before the history is there.
+        // Only the brokers: nothing may be published before the history is copied.
         compose(&[&["up", "--detach"][..], &BROKERS].concat());
     });
     let store = format!("{}:/data", scratch.path("old").display());
@@ -54,7 +54,7 @@ pub async fn a_history_is_taken_over(cluster: Cluster) {
     let takeover = ["run", "--rm", "provision", "takeover", "--from", "nats://old:4222"];
     let said = tokio::task::block_in_place(|| compose(&takeover));
     println!("  {said}");
-    // The copy is in the stores of all three, and not only in their memory.
+    // A crash of all three shows that the copy is on their disks and not only in memory.
     cluster::crash(&BROKERS.map(cluster::container));
 
     tokio::task::block_in_place(|| compose(&["up", "--detach"]));

@@ -1,4 +1,4 @@
-//! `deploy/update`: another version of the services, while people use them.
+//! `deploy/update`: the services get another version while clients use them.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -13,7 +13,7 @@ use crate::restarts::started_at;
 
 const SERVICES: [(&str, usize); 4] = [("even", 2), ("odd", 2), ("multiplier", 2), ("gateway", 3)];
 
-/// What people see while something runs must have no gap.
+/// Clients that must see no gap while something happens.
 struct Users(Watch, Poll, Follow);
 
 impl Users {
@@ -37,7 +37,7 @@ impl Users {
 
 pub async fn a_new_version_takes_over(cluster: Cluster) {
     let new = image_id("evenodd");
-    // What runs at first is another image.
+    // At first the services run another image.
     build("evenodd", "FROM evenodd\nLABEL version=before\n");
     let before = image_id("evenodd");
     tokio::task::block_in_place(|| compose(&["up", "--detach", "--scale", "gateway=3"]));
@@ -49,13 +49,13 @@ pub async fn a_new_version_takes_over(cluster: Cluster) {
     assert!(update(&[]));
     all_run(&new);
     users.saw_nothing(&cluster).await;
-    // The next `up` finds nothing to do.
+    // The next `up` changes nothing.
     let started = || containers("").into_iter().map(started_at).collect::<Vec<_>>();
     let running = started();
     tokio::task::block_in_place(|| compose(&["up", "--detach", "--scale", "gateway=3"]));
     assert_eq!(started(), running);
 
-    // A version that does not become healthy is taken away again.
+    // A version that does not become healthy is removed again.
     let copy = "FROM evenodd\nCOPY --from=evenodd /usr/local/bin/evenodd /usr/local/bin/gateway\n";
     build("evenodd:broken", copy);
     let users = Users::start().await;
@@ -64,7 +64,7 @@ pub async fn a_new_version_takes_over(cluster: Cluster) {
     assert_eq!(started(), running);
     all_run(&new);
 
-    // And there is a way back from one that is healthy, and yet not what it should be.
+    // A healthy version can be undone too.
     let users = Users::start().await;
     assert!(update(&["evenodd:previous"]));
     users.saw_nothing(&cluster).await;
@@ -74,7 +74,7 @@ pub async fn a_new_version_takes_over(cluster: Cluster) {
     all_run(&new);
 }
 
-/// `deploy/update`: whether it has brought the version in.
+/// Runs `deploy/update`, and returns whether it succeeded.
 fn update(args: &[&str]) -> bool {
     tokio::task::block_in_place(|| {
         let mut update = Command::new("deploy/update");
@@ -102,7 +102,7 @@ fn image_id(image: &str) -> String {
     docker(&["image", "inspect", "--format", "{{.Id}}", image])
 }
 
-/// Every service has its replicas, of this image, and the next ones will be of it too.
+/// All replicas of every service run this image, and new ones will too.
 fn all_run(image: &str) {
     assert_eq!(image_id("evenodd"), image);
     for (service, count) in SERVICES {

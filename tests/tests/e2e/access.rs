@@ -21,7 +21,7 @@ const GUARDED: [&str; 7] = [
     "/replicas",
 ];
 
-/// A file in the test's directory.
+/// Writes a file to the test's directory and returns its path.
 fn file(scratch: &Scratch, name: &str, content: &str) -> String {
     let path = scratch.path(name);
     fs::write(&path, content).unwrap();
@@ -43,7 +43,7 @@ async fn with_token(address: &str, path: &str, token: &str) -> u16 {
 }
 
 #[tokio::test]
-async fn with_a_key_every_number_needs_a_token() {
+async fn with_a_key_all_data_needs_a_token() {
     let pipeline = Pipeline::new().await;
     let key = file(&pipeline.scratch, "key", &format!("{SECRET}\n"));
     let (mut gateway, address) =
@@ -66,7 +66,7 @@ async fn with_a_key_every_number_needs_a_token() {
         assert_eq!(without.status, 401, "{path}");
         assert_eq!(without.header("www-authenticate"), Some("Bearer realm=\"evenodd\""));
         assert_eq!(with_token(&address, path, &good).await, 200, "{path}");
-        // In the query for the live feed alone.
+        // Only the live feed accepts a token in the query.
         let in_query = format!("{path}?access_token={good}");
         let expected = if path == "/numbers/live" { 200 } else { 401 };
         assert_eq!(Lines::open(&address, &in_query, &[]).await.status, expected, "{path}");
@@ -82,7 +82,7 @@ async fn with_a_key_every_number_needs_a_token() {
 }
 
 #[tokio::test]
-async fn every_kind_of_key() {
+async fn every_kind_of_key_is_accepted() {
     let pipeline = Pipeline::new().await;
     let scratch = &pipeline.scratch;
     for (name, algorithm) in [
@@ -126,8 +126,8 @@ async fn every_kind_of_key() {
         }
         drop(gateway);
     }
-    // A public key is no secret, even if a token claims so (RFC 8725, section 2.1), and even if
-    // its file does not begin with it.
+    // A token must not use the public key as an HMAC secret (RFC 8725, section 2.1), even if the
+    // key does not start at the beginning of its file.
     let public = fs::read_to_string(path("rsa.pub")).unwrap();
     let shifted = format!("\n{public}");
     let shifted_file = file(scratch, "shifted", &shifted);
@@ -188,21 +188,21 @@ async fn claims_are_checked() {
     };
     for (what, claims) in [
         ("expired", changed("exp", (now - 60).into())),
-        ("without an end", changed("exp", Value::Null)),
-        ("an end that is text", changed("exp", "9999999999".into())),
-        ("not yet", changed("nbf", (now + 60).into())),
-        ("for others", changed("aud", "writers".into())),
-        ("for nobody", changed("aud", Value::Null)),
-        ("by others", changed("iss", "them".into())),
+        ("without an expiry", changed("exp", Value::Null)),
+        ("an expiry that is text", changed("exp", "9999999999".into())),
+        ("not valid yet", changed("nbf", (now + 60).into())),
+        ("for another audience", changed("aud", "writers".into())),
+        ("without an audience", changed("aud", Value::Null)),
+        ("by another issuer", changed("iss", "them".into())),
     ] {
         assert_eq!(with_token(&address, "/numbers", &sign("HS256", &claims)).await, 401, "{what}");
     }
-    // A little late, and for several.
+    // An expiry within the tolerance for clocks, and several audiences.
     let claims = changed("exp", (now - 3).into());
     assert_eq!(with_token(&address, "/numbers", &sign("HS256", &claims)).await, 200);
     let claims = changed("aud", json!(["writers", "readers"]));
     assert_eq!(with_token(&address, "/numbers", &sign("HS256", &claims)).await, 200);
-    // Another algorithm than the key's, and none.
+    // Algorithms other than the key's, and none at all.
     for algorithm in ["HS384", "none", "RS256"] {
         assert_eq!(with_token(&address, "/numbers", &sign(algorithm, &good)).await, 401);
     }
@@ -214,7 +214,7 @@ async fn claims_are_checked() {
     assert_eq!(with_token(&address, "/numbers", &forged).await, 401);
 }
 
-/// A token whose header may say what it likes, signed with HMAC SHA-256.
+/// A token with an arbitrary header, signed with HMAC SHA-256.
 fn hs256(secret: &str, header: &Value, claims: &Value) -> String {
     use jsonwebtoken::{Algorithm, EncodingKey, crypto};
     let key = EncodingKey::from_secret(secret.as_bytes());
@@ -238,7 +238,7 @@ async fn the_key_is_replaced_without_a_restart() {
     let (mut gateway, address) = pipeline.gateway_with(&["--jwt-key", &key]).await;
     eventually("ready", async || get(&address, "/readyz", &[]).await.status == 200).await;
     assert_eq!(with_token(&address, "/numbers", &old).await, 200);
-    // One that cannot be used changes nothing.
+    // An unusable key changes nothing.
     fs::write(&key, "short").unwrap();
     gateway.signal(Signal::SIGHUP);
     gateway.wait_for("the key stays as it was").await;
@@ -251,7 +251,7 @@ async fn the_key_is_replaced_without_a_restart() {
     assert_eq!(with_token(&address, "/numbers", &old).await, 401);
 }
 
-/// An open feed ends when the token does.
+/// An open feed ends when its token expires.
 #[tokio::test]
 async fn a_feed_ends_with_its_token() {
     let pipeline = Pipeline::new().await;
@@ -262,13 +262,13 @@ async fn a_feed_ends_with_its_token() {
     let path = format!("/numbers/live?access_token={short}");
     let mut live = Lines::open(&address, &path, &[]).await;
     assert_eq!(live.status, 200);
-    // A second, and the ten that clocks may be apart.
+    // After one second, and the ten seconds by which clocks may differ.
     let event = live.event().await.unwrap();
     assert_eq!(event.name, "expired");
     assert!(live.event().await.is_none());
 }
 
-/// Also of a client that is behind, and would have had something to read for long.
+/// A feed also ends if its client lags far behind.
 #[tokio::test]
 async fn a_feed_that_is_behind_ends_with_its_token() {
     let pipeline = Pipeline::new().await;
@@ -288,7 +288,7 @@ async fn a_feed_that_is_behind_ends_with_its_token() {
     let (mut last, mut event) = (0, live.event().await.unwrap());
     while event.name == "number" {
         last = event.id;
-        // It reads so slowly that the end of the history is minutes away.
+        // It reads so slowly that it would need minutes for the whole history.
         if last % 10 == 0 && begun.elapsed().as_secs() < 14 {
             tokio::time::sleep(std::time::Duration::from_millis(300)).await;
         }

@@ -1,4 +1,4 @@
-//! Service 4 and its description, `/openapi.json`, say the same.
+//! Service 4 answers as its description, `/openapi.json`, says.
 
 use std::process::Command;
 
@@ -15,7 +15,7 @@ async fn pipeline() -> (Pipeline, tests::Process, String) {
         };
     }
     let (gateway, address) = pipeline.gateway().await;
-    eventually("it is complete", async || {
+    eventually("the gateway is ready", async || {
         get(&address, "/readyz", &[]).await.status == 200
             && get(&address, "/replicas", &[]).await.status == 200
     })
@@ -23,9 +23,9 @@ async fn pipeline() -> (Pipeline, tests::Process, String) {
     (pipeline, gateway, address)
 }
 
-/// Every route that is described answers with a status and a type that are described.
+/// Every described route answers with a described status and content type.
 #[tokio::test]
-async fn what_is_answered_is_described() {
+async fn every_answer_is_described() {
     let (_pipeline, _gateway, address) = pipeline().await;
     let description = get(&address, "/openapi.json", &[]).await.json();
     assert_eq!(description["info"]["version"], env!("CARGO_PKG_VERSION"));
@@ -53,7 +53,7 @@ async fn what_is_answered_is_described() {
 
 #[tokio::test]
 #[ignore = "needs schemathesis: make test-api"]
-async fn schemathesis_finds_nothing() {
+async fn schemathesis_finds_no_fault() {
     let (_pipeline, _gateway, address) = pipeline().await;
     let check = repository().join("tests/api/check");
     let run = move || Command::new(check).arg(format!("http://{address}")).status();

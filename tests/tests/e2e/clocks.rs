@@ -1,5 +1,5 @@
-//! Multipliers whose clocks are wrong, beside one whose clock is right. They run in this process, so
-//! that each can have a clock of its own.
+//! Multipliers with wrong clocks, next to one with a right clock. They run in the process of the
+//! test, which gives each of them a clock of its own.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -14,7 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 const HOUR_MS: i64 = 3_600_000;
 
-/// A multiplier, and by how much its clock is ahead. Dropping it kills it.
+/// A multiplier whose clock is ahead by `offset_ms`. Dropping it kills it.
 struct Multiplier {
     offset_ms: Arc<AtomicI64>,
     _task: AbortOnDropHandle<anyhow::Result<()>>,
@@ -43,7 +43,7 @@ impl Multiplier {
 }
 
 #[tokio::test]
-async fn a_clock_that_is_ahead_and_then_gone_costs_no_slot() {
+async fn a_multiplier_with_a_clock_ahead_costs_no_slot_when_it_dies() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
@@ -51,7 +51,7 @@ async fn a_clock_that_is_ahead_and_then_gone_costs_no_slot() {
     let right = ticks.next().await.multiplier;
     let ahead = Multiplier::start(&pipeline, 2000).await;
     let first = ticks.until(|draw| draw.multiplier != right).await.slot;
-    // From there on it is first.
+    // From then on its draws are the first.
     let draws = ticks.take(12).await;
     let later = || draws.iter().filter(|draw| draw.slot > first);
     assert!(later().count() >= 4 && later().all(|draw| draw.multiplier != right), "{draws:#?}");
@@ -63,7 +63,7 @@ async fn a_clock_that_is_ahead_and_then_gone_costs_no_slot() {
 }
 
 #[tokio::test]
-async fn a_clock_that_is_set_back_draws_no_slot_again() {
+async fn a_multiplier_whose_clock_is_set_back_draws_no_slot_twice() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
@@ -73,7 +73,7 @@ async fn a_clock_that_is_set_back_draws_no_slot_again() {
     let runs = Multiplier::start(&pipeline, 0).await;
     ticks.until(|draw| draw.multiplier != right).await;
     runs.offset_ms.store(-HOUR_MS, Ordering::Relaxed);
-    // What it has begun it may finish.
+    // It may finish the slots that it has begun.
     ticks.take(2).await;
     let draws = ticks.take(10).await;
     assert!(draws.iter().all(|draw| draw.multiplier == right), "{draws:#?}");

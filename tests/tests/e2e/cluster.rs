@@ -1,5 +1,6 @@
-//! Three brokers, of which some are killed or frozen while multipliers are killed as well. Every slot
-//! has one draw, every draw above the threshold is in the history, and whoever listens hears it once.
+//! Three brokers. The tests kill or freeze some of them, and kill multipliers as well. Every slot
+//! must have one draw, every product that is due must be in the history, and subscribers must hear
+//! it once.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -15,11 +16,11 @@ use tests::{Audit, Brokers, Process, Replicas, Scratch, Ticks, eventually, patie
 use tokio::sync::MutexGuard;
 use tokio::time::{Instant, sleep};
 
-/// A cluster with two generators of each kind, and somebody who listens at each broker.
+/// A cluster with two generators of each parity, and a subscriber at each broker.
 struct Cluster {
     brokers: Brokers,
     clients: Vec<Client>,
-    /// How often each number was heard at each broker, by sequence.
+    /// How often each record was heard at each broker, by sequence.
     heard: Vec<Arc<Mutex<BTreeMap<u64, usize>>>>,
     replicas: Replicas,
     slot_ms: u64,
@@ -62,7 +63,7 @@ impl Cluster {
         cluster
     }
 
-    /// A multiplier that first connects to one of these brokers.
+    /// Starts a multiplier that first connects to one of these brokers.
     fn multiplier(&self, url: &str) -> Process {
         let slot_ms = self.slot_ms.to_string();
         Process::start(&self.scratch, "multiplier", &["--nats", url, "--slot-ms", &slot_ms])
@@ -78,7 +79,7 @@ impl Cluster {
         multipliers
     }
 
-    /// Waits until all brokers have everything, as this one sees it.
+    /// Waits until all brokers are current, according to this one.
     async fn heals(&self, node: usize) {
         self.brokers.heal(&self.clients[node], &[TICKS, NUMBERS]).await;
     }
@@ -93,8 +94,8 @@ impl Cluster {
         leader.unwrap()
     }
 
-    /// Waits for the next slot, and then some time into it. With the precision of the kernel, which
-    /// tokio's timers do not have.
+    /// Waits until `offset` after the beginning of the next slot. It sleeps in the kernel, because
+    /// tokio's timers are not precise enough.
     fn sleep_into_next_slot(&self, offset: Duration) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         let slot = Duration::from_millis(self.slot_ms);
@@ -102,11 +103,11 @@ impl Cluster {
         tokio::task::block_in_place(|| std::thread::sleep(slot - into + offset));
     }
 
-    /// That nothing was missed, lost or doubled, as this broker has it, and that those who listened at
-    /// brokers that did not fail heard every number once.
+    /// Checks on this broker that nothing was missed, lost or stored twice. The subscribers at
+    /// brokers that did not fail (`all_heard_at`) must have heard every record once.
     async fn is_right(&self, node: usize, all_heard_at: &[usize]) -> Audit {
         let mut audit = Audit::of(&self.clients[node]).await;
-        // One multiplier may be ahead of another that still has the slots of an outage before it.
+        // A multiplier may have finished while another one still works on the slots of an outage.
         let deadline = Instant::now() + patience();
         while !audit.missed().is_empty() && Instant::now() < deadline {
             sleep(Duration::from_millis(100)).await;
@@ -144,8 +145,8 @@ async fn listen(client: &Client) -> Arc<Mutex<BTreeMap<u64, usize>>> {
     heard
 }
 
-/// Kills a multiplier at this time of a slot, and waits until it is back, as this broker sees it, and
-/// draws.
+/// Kills a multiplier `offset` after the beginning of a slot and starts it again. Waits until this
+/// broker sees it, and until it draws.
 async fn kill(cluster: &Cluster, node: usize, multiplier: &mut Process, offset: Duration) {
     cluster.sleep_into_next_slot(offset);
     multiplier.kill();
@@ -154,7 +155,8 @@ async fn kill(cluster: &Cluster, node: usize, multiplier: &mut Process, offset: 
     sleep(Duration::from_millis(2 * cluster.slot_ms)).await;
 }
 
-/// 200 times, spread over the first 20 ms of a slot, in which all of its work is done.
+/// Kills multipliers 200 times, spread over the first 20 ms of a slot, in which they do all their
+/// work.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_multiplier_costs_nothing() {
     const KILLS: u32 = 200;
@@ -167,9 +169,9 @@ async fn a_killed_multiplier_costs_nothing() {
     cluster.is_right(0, &[0, 1, 2]).await;
 }
 
-/// 20 times, while the stream of draws has no leader.
+/// Kills multipliers 20 times, each time while the stream of draws has no leader.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_multiplier_that_is_killed_in_an_election_costs_nothing() {
+async fn a_multiplier_killed_during_a_leader_election_costs_nothing() {
     const KILLS: u32 = 20;
     let mut cluster = Cluster::start(100).await;
     let mut multipliers = cluster.multipliers::<2>().await;
@@ -183,7 +185,7 @@ async fn a_multiplier_that_is_killed_in_an_election_costs_nothing() {
         cluster.brokers.start_again(leader);
         cluster.heals(stays).await;
     }
-    // Each broker has failed at some time.
+    // Every broker has failed at some time, so no subscriber heard everything.
     cluster.is_right(stays, &[]).await;
 }
 
@@ -212,7 +214,8 @@ async fn leaders_may_be_killed_or_frozen() {
     cluster.is_right(stays, &lasting).await;
 }
 
-/// Nobody else draws for them; they find another broker, and draw what they have missed.
+/// No other multiplier draws for them. They reconnect to another broker and draw the slots that
+/// they missed.
 #[tokio::test(flavor = "multi_thread")]
 async fn all_multipliers_may_be_on_a_frozen_broker() {
     let cluster = Cluster::start(500).await;
@@ -231,10 +234,10 @@ async fn all_multipliers_may_be_on_a_frozen_broker() {
         cluster.brokers.thaw(frozen);
         cluster.heals(stays).await;
         ticks.take(4).await;
-        // Both are killed now, which would lose a number that is just due.
+        // Both multipliers are killed next, which would lose a product that is due at that moment.
         ticks.until(|draw| draw.due().is_none()).await;
     }
-    // Between the two there was nobody.
+    // Between the two rounds no multiplier was running.
     let audit = Audit::of(&cluster.clients[(other + 1) % COUNT]).await;
     let draws: Vec<_> = audit.draws.keys().map(|slot| slot.0).collect();
     let gaps = draws.windows(2).filter(|pair| pair[1] > pair[0] + 1).count();
@@ -256,8 +259,8 @@ async fn two_of_three_brokers_may_be_away_for_a_while() {
     ticks.until(|draw| draw.slot > back).await;
     cluster.heals(stays).await;
     let audit = cluster.is_right(stays, &[stays]).await;
-    // Generators answered through the one that stayed. In the moment of the fault, all of a kind may
-    // have been connected to one that went.
+    // Generators kept answering through the broker that stayed. At the moment of the fault, all
+    // generators of one parity may have been connected to a broker that was killed.
     let without = audit.without_numbers();
     assert!(without.iter().all(|slot| (fault..=fault.next()).contains(slot)), "{without:?}");
     let away = audit.draws.range(..back).rev().take(40);

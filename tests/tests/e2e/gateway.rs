@@ -1,4 +1,4 @@
-//! Service 4.
+//! Service 4: the last 100 records, outages of the broker, and limits.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use tests::{Broker, Pipeline, Scratch, eventually};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// The sequences that `GET /numbers` has, once its last sequence is this one.
+/// Waits until `GET /numbers` has this last sequence, and returns all its sequences.
 pub async fn sequences(address: &str, last_seq: u64) -> Vec<u64> {
     let read = async || {
         let answer = get(address, "/numbers", &[]).await;
@@ -31,7 +31,7 @@ fn last_hundred(last: u64) -> Vec<u64> {
 }
 
 #[tokio::test]
-async fn the_last_hundred_live_and_after_a_start() {
+async fn the_last_hundred_are_served_live_and_after_a_start() {
     let pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway().await;
     assert_eq!(sequences(&address, 0).await, last_hundred(0));
@@ -61,7 +61,7 @@ async fn invalid_payloads_are_skipped() {
     ];
     let mut expected = Vec::new();
     for seq in 1..=420 {
-        // Two valid ones, then six others; at last a long stretch of others.
+        // Two valid payloads, then six invalid ones. From 300 on all are invalid.
         if seq % 8 < 2 && seq < 300 {
             pipeline.publish(seq).await;
             expected.insert(0, seq);
@@ -79,18 +79,18 @@ async fn invalid_payloads_are_skipped() {
     assert!(output.contains("sequence 4: ") && output.contains("sequence 420: "), "{output}");
 }
 
-/// Whoever may ask the server something can have the answer sent into the history. Such messages
-/// look much like the answers by which it is read, and must not be taken for these.
+/// A client can direct the answers to its requests into the history. There they resemble the
+/// answers with which the gateway reads the history, which must not confuse the two.
 #[tokio::test]
 async fn answers_in_the_history_are_skipped() {
     let pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway().await;
-    // Without a message id, so that a copy of it is no duplicate.
+    // Without a message id, a copy of this message is not a duplicate.
     let valid = contract::Product::new(846, 511).unwrap().encode();
     pipeline.client.publish(subjects::PUBLISH, valid.into()).await.unwrap();
     eventually("it is stored", async || pipeline.history().await.len() == 1).await;
     let asks = [
-        // The copy, and the end of a batch; a message that is not there; something long.
+        // A copy and an end of a batch, an answer for a missing message, and a long answer.
         ("$JS.API.DIRECT.GET.NUMBERS", r#"{"seq":1,"batch":1}"#),
         ("$JS.API.DIRECT.GET.NUMBERS", r#"{"seq":999999}"#),
         ("$JS.API.STREAM.INFO.NUMBERS", ""),
@@ -111,7 +111,7 @@ async fn answers_in_the_history_are_skipped() {
 }
 
 #[tokio::test]
-async fn limits_kinds_and_errors() {
+async fn limits_content_types_and_errors() {
     let pipeline = Pipeline::new().await;
     for slot in 1..=3 {
         pipeline.publish(slot).await;
@@ -160,16 +160,16 @@ async fn serves_what_it_has_while_the_broker_is_down() {
     eventually("ready again", async || readyz().await == 200).await;
     pipeline.publish(6).await;
     assert_eq!(sequences(&address, 6).await, last_hundred(6));
-    // A frozen broker is noticed as well.
+    // The gateway also notices a frozen broker.
     pipeline.broker.freeze();
     eventually("not ready", async || readyz().await == 503).await;
     pipeline.broker.thaw();
     eventually("ready again", async || readyz().await == 200).await;
 }
 
-/// A load balancer learns that a gateway stops before clients do.
+/// A load balancer learns that a gateway is about to stop while clients are still served.
 #[tokio::test]
-async fn goes_on_for_a_moment_after_sigterm() {
+async fn serves_for_a_while_after_sigterm() {
     let pipeline = Pipeline::new().await;
     pipeline.publish(1).await;
     let (mut gateway, address) = pipeline.gateway_with(&["--linger-ms", "1500"]).await;
@@ -203,7 +203,7 @@ async fn starts_before_the_broker_and_the_stream() {
 }
 
 #[tokio::test]
-async fn a_stream_that_was_made_anew_is_noticed() {
+async fn a_recreated_stream_is_noticed() {
     let pipeline = Pipeline::new().await;
     for slot in 1..=5 {
         pipeline.publish(slot).await;
@@ -240,7 +240,7 @@ async fn slow_and_silent_clients_are_cut() {
         client.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
         client.read_to_end(&mut Vec::new()).await
     };
-    // The default is 10 s, and the dripping one would take 50 s.
+    // The default timeout is 10 s, and the dripping client would take 50 s.
     let all = async { tokio::join!(silent, dripping, idle) };
     let cut = tokio::time::timeout(Duration::from_secs(8), all).await;
     assert!(cut.is_ok(), "a connection is still open");
@@ -250,8 +250,8 @@ async fn slow_and_silent_clients_are_cut() {
     assert_eq!(get(address, "/healthz", &[&large]).await.status, 431);
 }
 
-/// Clients that send more than anybody reads, or stop in the middle, are answered or cut, and the
-/// gateway goes on.
+/// Clients that send without end, or stop in the middle, get an answer or are cut. The gateway
+/// keeps serving others.
 #[tokio::test]
 async fn flooding_and_half_closed_clients_are_cut() {
     let pipeline = Pipeline::new().await;
@@ -285,7 +285,7 @@ async fn flooding_and_half_closed_clients_are_cut() {
     let get = b"GET /numbers HTTP/1.1\r\nHost: x\r\n\r\n";
     let all = async {
         tokio::join!(
-            // A header without an end, a body without an end, questions without an end.
+            // An endless header, an endless body, and endless requests.
             endless(b"GET /numbers HTTP/1.1\r\nX: ", &[b'x'; 1000], true),
             endless(
                 b"POST /numbers HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\n",
@@ -294,7 +294,7 @@ async fn flooding_and_half_closed_clients_are_cut() {
             ),
             endless(get, get, false),
             async {
-                // Half a request, and nothing more will come.
+                // Half a request, after which the client shuts down its side.
                 let mut stream = connect().await;
                 stream.write_all(b"GET /numb").await.unwrap();
                 stream.shutdown().await.unwrap();
@@ -302,7 +302,7 @@ async fn flooding_and_half_closed_clients_are_cut() {
                 let _ = stream.read_to_end(&mut answer).await;
             },
             async {
-                // An event stream to somebody who has said goodbye.
+                // An event stream for a client that has shut down its side.
                 let mut stream = connect().await;
                 let ask = b"GET /numbers/live HTTP/1.1\r\nHost: x\r\n\r\n";
                 stream.write_all(ask).await.unwrap();
@@ -316,8 +316,7 @@ async fn flooding_and_half_closed_clients_are_cut() {
     assert_eq!(request(address, "GET", "/numbers", &[]).await.status, 200);
 }
 
-/// More connections than allowed wait until there is room, and there is room again when silent
-/// ones are cut.
+/// Connections beyond the limit wait until there is room again.
 #[tokio::test]
 async fn connections_are_bounded() {
     let pipeline = Pipeline::new().await;

@@ -1,4 +1,4 @@
-//! Services 1 and 2.
+//! Services 1 and 2: ranges, replies and statistics.
 
 use std::collections::HashSet;
 
@@ -14,7 +14,8 @@ async fn each_parity_covers_its_whole_range() {
     for parity in [Parity::Even, Parity::Odd] {
         let _replicas = [pipeline.generator(parity).await, pipeline.generator(parity).await];
         let mut seen = HashSet::new();
-        // Of n equally likely numbers one is still missing after 25 n draws once in 10^8 times.
+        // If n factors are equally likely, one is still missing after 25 n requests once in 10^8
+        // runs.
         for _ in 0..parity.factors().len() * 25 / 100 {
             let requests = (0..100).map(|_| client.request(parity.subject(), "".into()));
             for reply in join_all(requests).await {
@@ -25,12 +26,12 @@ async fn each_parity_covers_its_whole_range() {
     }
 }
 
-/// Whoever asks names the subject of the answer; no service writes where the pipeline itself does.
+/// The requester chooses the reply subject. A service must not reply to a subject of the pipeline.
 #[tokio::test]
-async fn nobody_is_made_to_write_in_the_name_of_another() {
+async fn no_service_replies_to_a_subject_of_the_pipeline() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
-    // It answers `$SRV` as the multiplier does, and writes nothing that could be mistaken.
+    // It answers `$SRV` as the multiplier does, but publishes no draws that the test would hear.
     let (_gateway, _) = pipeline.gateway().await;
     let client = &pipeline.client;
     let mut written = client.subscribe("ticks.>").await.unwrap();
@@ -40,7 +41,7 @@ async fn nobody_is_made_to_write_in_the_name_of_another() {
             client.publish_with_reply(subject, reply, "".into()).await.unwrap();
         }
     }
-    // Of one even generator, one gateway, two odd generators.
+    // The answers of one even generator, one gateway and two odd generators.
     for _ in 0..4 {
         answers.next().await.unwrap();
     }
@@ -50,7 +51,7 @@ async fn nobody_is_made_to_write_in_the_name_of_another() {
 }
 
 #[tokio::test]
-async fn every_replica_is_listed_and_counts() {
+async fn every_replica_is_listed_and_counts_its_requests() {
     let pipeline = Pipeline::new().await;
     let _replicas =
         [pipeline.generator(Parity::Even).await, pipeline.generator(Parity::Even).await];

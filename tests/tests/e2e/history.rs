@@ -1,4 +1,4 @@
-//! Service 4: pages of the history, and all of it at once.
+//! Service 4: pages and exports of the history.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::gateway::sequences;
 
 const LAST: u64 = 2500;
 
-/// 2500 messages, two of which hold no number, and a gateway that has caught up.
+/// 2500 messages, two of them invalid, and a gateway that has caught up.
 async fn pipeline() -> (Pipeline, tests::Process, String) {
     let pipeline = Pipeline::new().await;
     for slot in 1..=LAST {
@@ -75,7 +75,7 @@ async fn pages_from_the_first_to_the_last() {
 }
 
 #[tokio::test]
-async fn from_a_time_on() {
+async fn pages_from_a_time_on() {
     let (pipeline, _gateway, address) = pipeline().await;
     let stored = pipeline.entries(1, 1000).await;
     let recent = pipeline.entries(LAST - 60, 61).await;
@@ -85,7 +85,7 @@ async fn from_a_time_on() {
         let first = entry.sequence;
         let last = (first + 2).min(LAST);
         assert_eq!(page.sequences(), expected(first - 1, last), "{from}: {page:?}");
-        // A moment later it is the next one.
+        // One nanosecond later, the page begins with the next message.
         let later = (entry.time + Duration::from_nanos(1)).format(&Rfc3339).unwrap();
         let page = get(&address, &format!("/history?from={later}&limit=1"), &[]).await;
         assert_eq!(page.sequences(), expected(first, (first + 1).min(LAST)), "{later}");
@@ -107,7 +107,7 @@ async fn from_a_time_on() {
 }
 
 #[tokio::test]
-async fn the_whole_history_as_lines_and_as_a_table() {
+async fn the_whole_history_as_ndjson_and_csv() {
     let (pipeline, _gateway, address) = pipeline().await;
     let all = get(&address, "/history.ndjson", &[]).await;
     assert_eq!(all.header("content-type"), Some("application/x-ndjson"));
@@ -124,7 +124,7 @@ async fn the_whole_history_as_lines_and_as_a_table() {
     assert_eq!(rows.next().unwrap(), format!("1,432306,846,511,{time}"));
     assert_eq!(rows.count(), expected(1, LAST).len());
 
-    // From the first of two messages up to the second, which does not belong to it.
+    // From the time of one message until that of another, which is excluded.
     let stored = pipeline.entries(1, 1000).await;
     let recent = pipeline.entries(LAST - 60, 61).await;
     let times: Vec<_> =
@@ -141,7 +141,7 @@ async fn the_whole_history_as_lines_and_as_a_table() {
 }
 
 #[tokio::test]
-async fn an_empty_history_is_no_error() {
+async fn an_empty_history_is_not_an_error() {
     let pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway().await;
     sequences(&address, 0).await;
@@ -154,7 +154,7 @@ async fn an_empty_history_is_no_error() {
 }
 
 #[tokio::test]
-async fn wrong_questions_are_explained() {
+async fn errors_explain_wrong_requests() {
     let pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway().await;
     sequences(&address, 0).await;
@@ -178,9 +178,9 @@ async fn wrong_questions_are_explained() {
     }
 }
 
-/// Random reads of what is not in memory are bounded; the rest is not.
+/// Reads of records that are not in memory are limited. Other requests are not.
 #[tokio::test]
-async fn deep_reads_are_bounded() {
+async fn reads_of_old_records_are_limited() {
     let pipeline = Pipeline::new().await;
     for slot in 1..=300 {
         pipeline.publish(slot).await;
@@ -202,7 +202,7 @@ async fn deep_reads_are_bounded() {
         assert_eq!(get(&address, "/numbers/300", &[]).await.status, 200);
     }
     assert!(refused > 10, "{refused}");
-    // Exports begin with such a read, unless they begin with what is in memory.
+    // An export begins with such a read unless its first record is in memory.
     let exports = futures::stream::iter(0..20).then(async |_| {
         assert_eq!(get(&address, "/history.csv?after=250", &[]).await.status, 200);
         get(&address, "/history.csv?after=17", &[]).await.status
@@ -215,8 +215,8 @@ async fn deep_reads_are_bounded() {
     .await;
 }
 
-/// An export whose client does not read stops reading the stream, and is no longer counted when
-/// the client is gone. One that fails does not look complete.
+/// An export stops reading the stream while its client does not read, and no longer counts once the
+/// client is gone. An export that fails does not look complete.
 #[tokio::test]
 async fn exports_wait_for_their_clients() {
     let mut pipeline = Pipeline::new().await;
@@ -227,14 +227,14 @@ async fn exports_wait_for_their_clients() {
     let (_gateway, address) = pipeline.gateway_with(&args).await;
     sequences(&address, 8000).await;
     let slow = TcpStream::connect(&address).await.unwrap();
-    // As little as possible in between: 700 KB do not fit.
+    // A small receive buffer: the 700 KB of the export do not fit.
     socket2::SockRef::from(&slow).set_recv_buffer_size(4096).unwrap();
     let mut slow = slow;
     let ask = b"GET /history.ndjson HTTP/1.1\r\nHost: x\r\n\r\n";
     slow.write_all(ask).await.unwrap();
     let mut some = vec![0; 10_000];
     slow.read_exact(&mut some).await.unwrap();
-    // Unhindered it would take a tenth of a second.
+    // If the client read, the export would take a tenth of a second.
     for _ in 0..10 {
         let busy = get(&address, "/history.csv", &[]).await;
         assert_eq!(busy.status, 429, "{busy:?}");
@@ -262,15 +262,15 @@ async fn exports_wait_for_their_clients() {
     let mut rest = Vec::new();
     let read = broken.unwrap();
     let mut read = tokio::io::BufReader::new(read);
-    // Cut, or ended without the last chunk.
+    // The answer is cut, or ends without the last chunk.
     let _ = tokio::time::timeout(tests::patience(), read.read_to_end(&mut rest)).await.unwrap();
     assert!(!rest.ends_with(b"\r\n0\r\n\r\n"), "it looks complete");
     assert!(rest.len() < 700_000);
 }
 
-/// A broker that does not answer gets its share of the reads; another one answers in its place.
+/// A silent broker still gets its share of the reads. Another broker answers in its place.
 #[tokio::test]
-async fn a_silent_replica_is_passed_over() {
+async fn reads_succeed_in_spite_of_a_silent_replica() {
     let scratch = Scratch::new();
     let brokers = Brokers::start(&scratch).await;
     let url = brokers.url();
@@ -296,7 +296,7 @@ async fn a_silent_replica_is_passed_over() {
             }
             assert_eq!(page.sequences(), [after + 1, after + 2, after + 3], "{page:?}");
         }
-        // Each request meets it once in three times, all five of a read once in 243.
+        // A request reaches the silent broker once in three, all five of a read once in 243.
         assert!(unlucky <= 3, "{unlucky} of 30");
         eventually("an export is complete", async || {
             let all = get(&address, "/history.ndjson", &[]).await;

@@ -1,4 +1,4 @@
-//! `nats/install`.
+//! The script `nats/install`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -20,9 +20,9 @@ fn fake(scratch: &Scratch, says: &str) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// The named server is the one, or nothing is.
+/// The script uses the server that `NATS_SERVER` names, or fails.
 #[test]
-fn a_named_server_is_taken_or_refused_with_a_reason() {
+fn a_named_server_is_used_or_refused_with_a_reason() {
     let scratch = Scratch::new();
     let good = nats_server().to_str().unwrap();
     let taken = install("NATS_SERVER", good);
@@ -39,10 +39,10 @@ fn a_named_server_is_taken_or_refused_with_a_reason() {
     }
 }
 
-/// One on PATH that is too old or broken is passed over.
+/// The script ignores a server on PATH that is too old or broken.
 #[test]
-fn an_unusable_one_on_path_is_passed_over() {
-    // The pinned one is there already: `nats_server` has fetched it if it was needed.
+fn an_unusable_server_on_path_is_ignored() {
+    // `nats_server` has fetched the pinned server if it was needed. If not, the test is skipped.
     let pinned = repository().join("nats/bin");
     if !nats_server().starts_with(&pinned) {
         return;

@@ -1,4 +1,4 @@
-//! Keys and certificates: how they are made, and that a service is only content with the right ones.
+//! Keys and certificates: how they are made, and that services accept only the right ones.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,7 +27,7 @@ fn files(directory: &str) -> BTreeMap<String, (u32, String)> {
 }
 
 #[tokio::test]
-async fn keys_are_made_once_and_what_is_missing_is_made_again() {
+async fn keys_are_made_once_and_missing_ones_again() {
     let scratch = Scratch::new();
     let group = fs::metadata(scratch.path("")).unwrap().gid();
     let groups = format!("even={group}");
@@ -61,8 +61,8 @@ async fn keys_are_made_once_and_what_is_missing_is_made_again() {
     assert_eq!((status, output.as_str()), (Some(0), ""));
     assert_eq!(files(&directory), made);
 
-    // A new user's key also changes the list of public ones; a server's certificate is not used
-    // without its key.
+    // A new user key also changes the list of public keys. A certificate without its key is made
+    // again.
     for file in ["odd.nk", "a.key"] {
         fs::remove_file(Path::new(&directory).join(file)).unwrap();
     }
@@ -75,7 +75,7 @@ async fn keys_are_made_once_and_what_is_missing_is_made_again() {
 }
 
 #[tokio::test]
-async fn keys_that_cannot_be_made_are_told() {
+async fn errors_say_which_keys_cannot_be_made() {
     let scratch = Scratch::new();
     for (args, told) in [
         (
@@ -91,7 +91,7 @@ async fn keys_that_cannot_be_made_are_told() {
         assert_eq!(process.wait().await.code(), Some(1));
         assert!(process.log().contains(told), "{}", process.log());
     }
-    // What an authority has signed is not given a new one beside it.
+    // If there are signed certificates, no new authority is made.
     let (directory, ..) = keys(&scratch, "two", &[]).await;
     for (gone, expected) in
         [("ca.pem", (Some(0), "made ")), ("ca.pem", (Some(0), "made ")), ("ca.key", (Some(0), ""))]
@@ -108,8 +108,8 @@ async fn keys_that_cannot_be_made_are_told() {
     let (_, status, output) = keys(&scratch, "two", &[]).await;
     assert_eq!(status, Some(1));
     assert!(output.contains("neither ca.pem nor ca.key"), "{output}");
-    // An authority whose key is gone, or is another's, signs nothing more: a new one would not be
-    // trusted by those who have the old one. As long as nothing is to be signed that is no fault.
+    // Without the right key of the authority nothing can be signed. A new authority would not help,
+    // because the services trust the old one. This is an error only if something must be signed.
     let (directory, ..) = keys(&scratch, "keys", &[]).await;
     let (other, ..) = keys(&scratch, "other", &[]).await;
     let key = Path::new(&directory).join("ca.key");
@@ -146,7 +146,7 @@ async fn broker(scratch: &Scratch, keys: &str, host: String) -> Broker {
 }
 
 #[tokio::test]
-async fn with_the_right_keys_it_works_and_with_wrong_ones_it_says_so() {
+async fn services_connect_with_the_right_keys_and_report_wrong_ones() {
     let scratch = Scratch::new();
     let host = format!("{}.1", tests::network());
     let (right, ..) = keys(&scratch, "keys", &["--servers", &host]).await;
@@ -163,7 +163,7 @@ async fn with_the_right_keys_it_works_and_with_wrong_ones_it_says_so() {
     process.wait_for("connected to NATS").await;
     let mut process = generator(wrong_key, right_ca.clone());
     process.wait_for("is --nkey the key of this service?").await;
-    // Another authority's certificate: not even the key is shown.
+    // If another authority signed the certificate, the service does not even send its key.
     let mut process = generator(right_key.clone(), wrong_ca);
     process.wait_for("or --tls-ca has not signed its certificate").await;
     assert!(!process.log().contains("connected to NATS\n"), "{}", process.log());
@@ -173,7 +173,7 @@ async fn with_the_right_keys_it_works_and_with_wrong_ones_it_says_so() {
     let mut process = Process::start(&scratch, "evenodd", &args);
     assert!(process.wait().await.success(), "{}", process.log());
 
-    // Whoever is told an authority never talks in the clear.
+    // A service with --tls-ca never connects without TLS.
     let scratch = Scratch::new();
     let plain = Broker::start(&scratch).await;
     let args = ["--parity", "even", "--nats", &plain.url(), "--tls-ca", &right_ca];
@@ -182,7 +182,7 @@ async fn with_the_right_keys_it_works_and_with_wrong_ones_it_says_so() {
 }
 
 #[tokio::test]
-async fn wrong_key_files_are_wrong_settings() {
+async fn unusable_key_files_are_wrong_settings() {
     let scratch = Scratch::new();
     let (keys, ..) = keys(&scratch, "keys", &[]).await;
     let account = scratch.path("account.nk");
@@ -202,9 +202,9 @@ async fn wrong_key_files_are_wrong_settings() {
     }
 }
 
-/// The subcommand that a container's health check runs.
+/// The subcommand `healthcheck`, which the health check of a container runs.
 #[tokio::test]
-async fn health_is_asked_of_the_running_service() {
+async fn healthcheck_asks_the_running_service() {
     let scratch = Scratch::new();
     let mut broker = Broker::start(&scratch).await;
     let (_gateway, http) = tests::gateway(&scratch, &broker.url(), &[]).await;
@@ -220,7 +220,7 @@ async fn health_is_asked_of_the_running_service() {
     let mut other = Process::start(&scratch, "generator", &args);
     assert_eq!(other.wait().await.code(), Some(1));
     assert!(other.log().contains("choose another address with --health"), "{}", other.log());
-    // There is no stream, so that this gateway is not ready, and says why.
+    // Without a stream this gateway is not ready, and its answer says why.
     let (status, told) = ask("gateway", &["--http", &http]).await;
     assert_eq!(status, Some(1));
     assert!(told.contains("history"), "{told}");

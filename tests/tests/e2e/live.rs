@@ -14,7 +14,7 @@ async fn published(pipeline: &Pipeline, slots: std::ops::RangeInclusive<u64>) {
 }
 
 #[tokio::test]
-async fn numbers_as_they_come() {
+async fn a_feed_sends_records_as_they_come() {
     let pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway().await;
     published(&pipeline, 1..=5).await;
@@ -38,9 +38,9 @@ async fn numbers_as_they_come() {
     }
 }
 
-/// Any position, however old, on any replica, with messages that hold no number in between.
+/// A feed resumes at any position, however old, on any replica. It skips invalid messages.
 #[tokio::test]
-async fn a_feed_goes_on_where_the_client_was() {
+async fn a_feed_resumes_at_the_position_of_the_client() {
     const LAST: u64 = 1300;
     let pipeline = Pipeline::new().await;
     for slot in 1..=LAST {
@@ -59,14 +59,14 @@ async fn a_feed_goes_on_where_the_client_was() {
         [(&one, 0), (&two, 1), (&one, 610), (&two, 949), (&one, 1199), (&two, 1201), (&one, LAST)]
     {
         let header = format!("Last-Event-ID: {after}");
-        // What the browser has seen since counts for more than what the address says.
+        // The header, which a browser sends, takes precedence over the URL.
         let mut live = Lines::open(address, "/numbers/live?after=17", &[&header]).await;
         let expected: Vec<u64> = (after + 1..=LAST).filter(valid).collect();
         assert_eq!(live.sequences(expected.len()).await, expected, "after {after}");
     }
 }
 
-/// From one replica to the other and back, while numbers are published and a gateway is killed.
+/// A client moves between two replicas while products are published and a gateway is killed.
 #[tokio::test]
 async fn a_client_that_moves_misses_nothing() {
     const LAST: u64 = 400;
@@ -101,7 +101,7 @@ async fn a_client_that_moves_misses_nothing() {
 }
 
 #[tokio::test]
-async fn a_position_that_means_nothing_is_reset() {
+async fn an_unknown_position_is_reset() {
     let pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway().await;
     published(&pipeline, 1..=5).await;
@@ -114,11 +114,11 @@ async fn a_position_that_means_nothing_is_reset() {
     let mut other = Lines::open(&address, "/numbers/live?after=3&stream=1234", &accept).await;
     let line: serde_json::Value = serde_json::from_str(&other.line().await.unwrap()).unwrap();
     assert_eq!(line["event"], "reset");
-    // Both go on with what comes next.
+    // Both feeds continue with the next record.
     published(&pipeline, 6..=6).await;
     assert_eq!(beyond.sequences(1).await, [6]);
     assert!(other.line().await.unwrap().contains(r#""seq":6"#));
-    // The same stream, by what the tag of an answer says about it.
+    // The ETag of an answer contains the id of the stream. With that id the position is known.
     let numbers = get(&address, "/numbers", &[]).await;
     let stream = numbers.header("etag").unwrap().split(['"', '-']).nth(1).unwrap();
     let path = format!("/numbers/live?after=4&stream={stream}");
@@ -133,7 +133,7 @@ async fn a_position_that_means_nothing_is_reset() {
 }
 
 #[tokio::test]
-async fn a_stream_that_was_made_anew_resets_open_feeds() {
+async fn a_recreated_stream_resets_open_feeds() {
     let pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway().await;
     published(&pipeline, 1..=5).await;
@@ -168,7 +168,7 @@ async fn clients_are_told_that_a_gateway_stops() {
     assert!(live.event().await.is_none());
 }
 
-/// Open feeds live through the loss of the broker; nothing is missing afterwards.
+/// Open feeds survive the loss of the broker, and miss nothing.
 #[tokio::test]
 async fn a_feed_survives_the_broker() {
     let mut pipeline = Pipeline::new().await;
@@ -178,7 +178,8 @@ async fn a_feed_survives_the_broker() {
     let mut live = Lines::open(&address, "/numbers/live?after=1", &[]).await;
     assert_eq!(live.sequences(2).await, [2, 3]);
     pipeline.broker.kill();
-    // This one has seen more than the gateway, which cannot know whether that exists.
+    // This client claims a later record than the gateway has, and the gateway cannot check that
+    // now.
     let mut ahead = Lines::open(&address, "/numbers/live?after=4", &[]).await;
     pipeline.broker.restart().await;
     pipeline.client = connect(&pipeline.broker).await;
@@ -188,7 +189,7 @@ async fn a_feed_survives_the_broker() {
 }
 
 #[tokio::test]
-async fn no_more_event_streams_than_allowed() {
+async fn event_streams_are_limited() {
     let pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway_with(&["--max-event-streams", "2"]).await;
     sequences(&address, 0).await;
@@ -205,15 +206,15 @@ async fn no_more_event_streams_than_allowed() {
     .await;
 }
 
-/// The resident memory of a process, in KB; what the kernel holds for it is not part of it.
+/// The resident memory of a process in KB, without the buffers that the kernel holds for it.
 fn resident_kb(process: &Process) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// Clients that ask for the whole history as a feed and never read take bounded memory, are cut,
-/// and do not disturb the others.
+/// Clients that request the whole history as a feed and never read take bounded memory, are cut,
+/// and do not disturb other clients.
 #[tokio::test]
 async fn clients_that_never_read_are_cut() {
     const CLIENTS: usize = 200;
@@ -249,7 +250,7 @@ async fn clients_that_never_read_are_cut() {
     assert!(per_client_kb < 100, "{per_client_kb} KB a client");
 }
 
-/// As many event streams as the machine allows, up to 10,000: each gets every number.
+/// As many event streams as the machine allows, up to 10,000. Each gets every record.
 #[tokio::test]
 async fn ten_thousand_event_streams() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -267,6 +268,6 @@ async fn ten_thousand_event_streams() {
     let all = futures::future::join_all(feeds.iter_mut().map(async |feed| feed.sequences(3).await));
     let all = tokio::time::timeout(patience(), all).await.expect("some have not got all");
     assert!(all.iter().all(|seen| *seen == [1, 2, 3]));
-    // The gateway goes on serving others.
+    // The gateway still serves other requests.
     assert_eq!(get(&address, "/numbers", &[]).await.status, 200);
 }

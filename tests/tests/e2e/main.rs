@@ -1,4 +1,4 @@
-//! End-to-end tests: one binary, a module a subject.
+//! End-to-end tests in one binary, with a module for each subject.
 
 #![allow(clippy::disallowed_types, clippy::unwrap_used)]
 

@@ -1,4 +1,4 @@
-//! Service 3: rates, and one draw a slot whatever happens to the replicas.
+//! Service 3: the rate of products, and one draw for every slot whatever happens to the replicas.
 
 use std::time::Duration;
 
@@ -11,13 +11,13 @@ use tests::ticks::all;
 use tests::{Audit, Pipeline, Ticks};
 use tokio::time::sleep;
 
-/// The slot of real deployments.
+/// The length of a slot in deployments.
 const SLOT_MS: u64 = 500;
 
-/// Many ticks at full speed: as many are published as the odds say, and what a plain subscriber
-/// sees live is the history.
+/// Over many fast ticks, the share of published products matches the odds. A subscriber hears
+/// exactly what the history stores.
 #[tokio::test]
-async fn rate_and_live_feed() {
+async fn the_rate_matches_the_odds_and_subscribers_hear_the_history() {
     let _alone = tests::alone().await;
     const TICKS: u32 = 1200;
     let pipeline = Pipeline::new().await;
@@ -27,14 +27,14 @@ async fn rate_and_live_feed() {
     let mut multiplier = pipeline.multiplier(20).await;
     ticks.take(TICKS as usize).await;
     assert!(multiplier.terminate().await.success());
-    // Its last tick may have come since.
+    // The multiplier may have finished another tick before it stopped.
     let done = ticks.all_so_far().await;
 
-    // Ticks without both numbers (a busy machine) say nothing about the odds.
+    // On a busy machine some ticks lack a factor. They say nothing about the odds.
     let products: Vec<_> = done.iter().filter_map(|done| done.product()).collect();
     let above = products.iter().filter(|product| product.is_above_threshold()).count();
     let n = f64::from(u32::try_from(products.len()).unwrap());
-    assert!(n > 0.9 * f64::from(TICKS), "only {n} ticks had numbers");
+    assert!(n > 0.9 * f64::from(TICKS), "only {n} ticks had both factors");
     let p = odds::publish_probability();
     let deviation = (f64::from(u32::try_from(above).unwrap()) - n * p) / (n * p * (1.0 - p)).sqrt();
     // Six standard deviations are exceeded once in 5 * 10^8 runs.
@@ -44,7 +44,7 @@ async fn rate_and_live_feed() {
     assert_eq!(history.len(), above);
     for stored in history {
         let message = live.next().await.unwrap();
-        // The server adds where and when it has stored it.
+        // The server adds the sequence and the time.
         assert_eq!(Entry::try_from(message).unwrap(), stored);
         assert!(Product::decode(&stored.payload).unwrap().is_above_threshold());
     }
@@ -59,7 +59,7 @@ async fn assert_one_draw_a_slot(pipeline: &Pipeline) {
 }
 
 #[tokio::test]
-async fn a_multiplier_that_is_frozen_costs_nothing() {
+async fn a_frozen_multiplier_costs_nothing() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
@@ -90,7 +90,7 @@ async fn a_pause_of_all_multipliers_costs_no_slot() {
 }
 
 #[tokio::test]
-async fn a_generator_that_is_killed_or_frozen_costs_no_number() {
+async fn a_killed_or_frozen_generator_costs_no_factor() {
     let _alone = tests::alone().await;
     let pipeline = Pipeline::new().await;
     let [mut even, _even, odd, _odd] = pipeline.generators().await;
@@ -107,7 +107,7 @@ async fn a_generator_that_is_killed_or_frozen_costs_no_number() {
     assert_one_draw_a_slot(&pipeline).await;
 }
 
-/// A request that was on its way to a generator that stops is asked again.
+/// A multiplier repeats a request that was on its way to a generator that stopped.
 #[tokio::test]
 async fn generators_may_come_and_go() {
     let _alone = tests::alone().await;
@@ -129,7 +129,7 @@ async fn generators_may_come_and_go() {
 }
 
 #[tokio::test]
-async fn without_generators_draws_say_so_and_go_on_when_one_is_back() {
+async fn without_generators_draws_say_so_and_recover_when_they_are_back() {
     let pipeline = Pipeline::new().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
     let _multiplier = pipeline.multiplier(SLOT_MS).await;
@@ -148,9 +148,9 @@ async fn without_generators_draws_say_so_and_go_on_when_one_is_back() {
     assert_one_draw_a_slot(&pipeline).await;
 }
 
-/// Somebody else's message in the place of a draw ends the slot, and nothing more.
+/// A foreign message in the place of a draw costs only that slot.
 #[tokio::test]
-async fn a_draw_that_cannot_be_used_is_reported_and_passed_over() {
+async fn an_unusable_draw_is_reported_and_skipped() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut multiplier = pipeline.multiplier(SLOT_MS).await;
@@ -167,10 +167,10 @@ async fn a_draw_that_cannot_be_used_is_reported_and_passed_over() {
     assert!(!slots.contains(&spoilt), "{slots:?}");
 }
 
-/// Draws that are deleted before they are read, and messages of somebody else on `ticks.done`, which
-/// nobody can forbid where there are no keys: the multipliers go on after some seconds.
+/// On a broker without keys, any client can delete draws and publish to `ticks.done`. The
+/// multipliers continue after some seconds.
 #[tokio::test]
-async fn whoever_may_do_everything_does_not_stop_it_for_long() {
+async fn an_unrestricted_client_does_not_stop_the_multipliers_for_long() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let _multipliers = pipeline.multipliers::<2>(SLOT_MS).await;
@@ -181,7 +181,7 @@ async fn whoever_may_do_everything_does_not_stop_it_for_long() {
     runtime::jetstream::publish(&pipeline.client, subjects::DRAW, slot, payload, timeout)
         .await
         .unwrap();
-    // Whoever reads the draw of that slot finds an empty stream.
+    // A multiplier that reads the draw of that slot finds an empty stream.
     let context = async_nats::jetstream::new(pipeline.client.clone());
     context.get_stream(TICKS).await.unwrap().purge().await.unwrap();
     ticks.until(|draw| draw.slot.0 > slot.0 + 8 && draw.multiplier != "x").await;
@@ -197,9 +197,9 @@ async fn whoever_may_do_everything_does_not_stop_it_for_long() {
     after.take(8).await;
 }
 
-/// A generator that answers nonsense is not believed; the other one's answer counts.
+/// A multiplier ignores the invalid answers of one generator and uses those of another one.
 #[tokio::test]
-async fn wrong_answers_are_not_believed() {
+async fn invalid_answers_are_ignored() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let liar = pipeline.client.clone();

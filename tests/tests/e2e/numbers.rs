@@ -1,4 +1,4 @@
-//! Service 4: the last 100 numbers, how they are asked for, and what comes with them.
+//! Service 4: the last 100 records, single records, and the headers of answers.
 
 use std::io::Read;
 
@@ -8,7 +8,7 @@ use tests::{Pipeline, eventually};
 use crate::gateway::sequences;
 
 #[tokio::test]
-async fn what_did_not_change_is_not_sent_again() {
+async fn an_unchanged_answer_is_not_sent_again() {
     let pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway().await;
     for slot in 1..=3 {
@@ -25,7 +25,7 @@ async fn what_did_not_change_is_not_sent_again() {
         assert_eq!(again.header("etag"), Some(etag));
         assert_eq!(again.header("vary"), first.header("vary"));
     }
-    // The same on another replica.
+    // Another replica has the same tag.
     let (_other, other) = pipeline.gateway().await;
     sequences(&other, 3).await;
     let header = format!("If-None-Match: {etag}");
@@ -38,7 +38,7 @@ async fn what_did_not_change_is_not_sent_again() {
 }
 
 #[tokio::test]
-async fn gzip_holds_the_same() {
+async fn gzip_decodes_to_the_same_bytes() {
     let pipeline = Pipeline::new().await;
     for slot in 1..=120 {
         pipeline.publish(slot).await;
@@ -61,7 +61,7 @@ async fn gzip_holds_the_same() {
 }
 
 #[tokio::test]
-async fn one_number() {
+async fn single_records() {
     let pipeline = Pipeline::new().await;
     for slot in 1..=130 {
         match slot {
@@ -93,16 +93,16 @@ async fn one_number() {
     }
 }
 
-/// A client that has seen more at another replica is not answered with less.
+/// A client that has seen a record on one replica gets it from another one too.
 #[tokio::test]
-async fn a_replica_that_is_behind_catches_up_first() {
+async fn a_replica_that_lags_catches_up_before_it_answers() {
     let pipeline = Pipeline::new().await;
     let (ahead, behind) = (pipeline.gateway().await, pipeline.gateway().await);
     pipeline.publish(1).await;
     sequences(&ahead.1, 1).await;
     sequences(&behind.1, 1).await;
     for round in 2..=10 {
-        // The other replica sleeps while one more number is published.
+        // The other replica is stopped while one more product is published.
         behind.0.signal(nix::sys::signal::Signal::SIGSTOP);
         pipeline.publish(round).await;
         sequences(&ahead.1, round).await;
@@ -117,7 +117,7 @@ async fn a_replica_that_is_behind_catches_up_first() {
             )
         };
         let wakes = async {
-            // The requests wait in its listen queue by then.
+            // By then the requests wait in its listen queue.
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
             behind.0.signal(nix::sys::signal::Signal::SIGCONT);
         };
@@ -129,7 +129,7 @@ async fn a_replica_that_is_behind_catches_up_first() {
 }
 
 #[tokio::test]
-async fn an_answer_without_the_broker_says_how_old_it_is() {
+async fn an_answer_without_the_broker_has_an_age() {
     let mut pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway().await;
     pipeline.publish(1).await;
@@ -148,7 +148,7 @@ async fn an_answer_without_the_broker_says_how_old_it_is() {
 }
 
 #[tokio::test]
-async fn browsers_are_told_what_they_may_do() {
+async fn answers_have_cors_and_security_headers() {
     let pipeline = Pipeline::new().await;
     let (_gateway, address) = pipeline.gateway().await;
     sequences(&address, 0).await;
@@ -168,7 +168,7 @@ async fn browsers_are_told_what_they_may_do() {
     assert!(allowed.contains("Authorization"), "{allowed}");
 }
 
-/// What a browser loads to show the page and the documentation, all from here.
+/// The gateway serves everything that the page and the documentation load.
 #[tokio::test]
 async fn the_page_is_complete() {
     let pipeline = Pipeline::new().await;

@@ -1,4 +1,4 @@
-//! The broker is killed, frozen, full; nothing acknowledged is lost and nothing is stored twice.
+//! The broker is killed, frozen or full. No acknowledged message is lost, and none is stored twice.
 
 use std::fs;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tokio::time::sleep;
 
 const SLOT_MS: u64 = 500;
 
-/// Every draw above the threshold is in the history, and nothing is there twice.
+/// Every product that is due is in the history, and nothing is stored twice.
 async fn assert_nothing_lost_or_doubled(pipeline: &Pipeline) -> Audit {
     let audit = Audit::of(&pipeline.client).await;
     pipeline.verify().await;
@@ -19,7 +19,7 @@ async fn assert_nothing_lost_or_doubled(pipeline: &Pipeline) -> Audit {
 }
 
 #[tokio::test]
-async fn a_broker_that_is_killed_and_restarted_at_once() {
+async fn a_broker_that_is_killed_and_restarted_costs_no_slot() {
     let mut pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
@@ -34,14 +34,14 @@ async fn a_broker_that_is_killed_and_restarted_at_once() {
 }
 
 #[tokio::test]
-async fn a_broker_that_is_away_for_twenty_seconds() {
+async fn a_broker_that_is_down_for_twenty_seconds_costs_no_product() {
     let mut pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
     let _multipliers = pipeline.multipliers::<2>(SLOT_MS).await;
     ticks.take(4).await;
-    // Before it goes, something becomes due: the history takes nothing for a while. Nothing is due at
-    // this moment.
+    // A product must still be due when the broker is killed. So the history stops taking products,
+    // at a moment when none is due.
     ticks.until(|draw| draw.due().is_none()).await;
     let context = jetstream::new(pipeline.client.clone());
     let elsewhere = stream::Config { subjects: vec!["elsewhere".into()], ..streams::numbers(1) };
@@ -52,7 +52,7 @@ async fn a_broker_that_is_away_for_twenty_seconds() {
     pipeline.broker.restart().await;
     sleep(Duration::from_secs(1)).await;
     context.update_stream(&streams::numbers(1)).await.unwrap();
-    // Slots that had begun when it was away are drawn when it is back.
+    // Slots that began while the broker was down are drawn once it is back.
     ticks.until(|draw| draw.slot.0 > due.slot.0 + 45).await;
     let audit = assert_nothing_lost_or_doubled(&pipeline).await;
     assert!(audit.numbers.contains_key(&due.slot));
@@ -61,7 +61,7 @@ async fn a_broker_that_is_away_for_twenty_seconds() {
 }
 
 #[tokio::test]
-async fn a_broker_that_is_frozen_for_a_while() {
+async fn a_broker_that_is_frozen_for_a_while_costs_no_slot() {
     let pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
@@ -76,9 +76,9 @@ async fn a_broker_that_is_frozen_for_a_while() {
     assert_eq!(assert_nothing_lost_or_doubled(&pipeline).await.missed(), []);
 }
 
-/// A store without space refuses publications. They wait, and are published when there is space.
+/// A full store refuses publications. The multiplier retries them until there is space.
 #[tokio::test]
-async fn what_is_due_waits_while_the_disk_is_full() {
+async fn products_wait_while_the_store_is_full() {
     let scratch = Scratch::new();
     let configuration = scratch.path("full.conf");
     let normal = fs::read_to_string(repository().join("nats/single.conf")).unwrap();
@@ -101,7 +101,7 @@ async fn what_is_due_waits_while_the_disk_is_full() {
     assert_eq!(assert_nothing_lost_or_doubled(&pipeline).await.missed(), []);
 }
 
-/// The acknowledgement got lost, and the broker was restarted since: the retry stores nothing.
+/// A retry after a lost acknowledgement stores nothing, even if the broker was restarted meanwhile.
 #[tokio::test]
 async fn a_retry_stores_nothing_twice() {
     let mut pipeline = Pipeline::new().await;

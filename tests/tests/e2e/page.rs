@@ -44,7 +44,7 @@ impl Shown {
         texts.iter().map(|text| text.replace(',', "").parse().unwrap()).collect()
     }
 
-    /// The page has numbers after this sequence, and none is missing.
+    /// Waits until the page shows records after this sequence. None may be missing.
     async fn goes_on_after(&self, seq: u64) -> u64 {
         eventually("the page goes on", async || {
             self.sequences().await.first().is_some_and(|latest| *latest > seq + 5)
@@ -65,12 +65,12 @@ impl Shown {
 
 #[tokio::test]
 #[ignore = "needs a browser: make test-page"]
-async fn numbers_are_shown_and_go_on() {
+async fn records_are_shown_as_they_come() {
     let shown = Shown::new(&[]).await;
     shown.is_live().await;
     let latest = shown.goes_on_after(100).await;
     shown.goes_on_after(latest).await;
-    // What it says is what the gateway says.
+    // The page shows what the gateway answers.
     let script = "[...document.querySelectorAll('#list tr')].map(row => [...row.cells].map(c => c.innerText))";
     let rows = shown.browser.value(script).await;
     let numbers = get(&shown.address, "/history?limit=1000", &[]).await.json();
@@ -84,7 +84,7 @@ async fn numbers_are_shown_and_go_on() {
     assert_eq!(shown.browser.value("document.querySelectorAll('#chart rect').length").await, 100);
     assert_eq!(shown.browser.text("#expected").await, "80");
     let rate: u32 = shown.browser.text("#rate").await.replace(',', "").parse().unwrap();
-    assert!(rate > 80, "five times as many ticks, and {rate} a minute");
+    assert!(rate > 80, "with five times as many ticks, only {rate} a minute");
     eventually("all replicas are shown", async || {
         let mut counts = Vec::new();
         for service in ["even", "odd", "multiplier", "gateway"] {
@@ -97,7 +97,7 @@ async fn numbers_are_shown_and_go_on() {
         shown.browser.text("[data-service=multiplier] .ticked").await.contains("latest tick")
     })
     .await;
-    // One event stream.
+    // The page opens only one event stream.
     let count = "performance.getEntriesByType('resource').filter(e => e.name.includes('/numbers/live')).length";
     let streams = shown.browser.value(count).await;
     assert!(streams.as_u64().unwrap() <= 1, "{streams}");
@@ -107,14 +107,14 @@ async fn numbers_are_shown_and_go_on() {
 
 #[tokio::test]
 #[ignore = "needs a browser: make test-page"]
-async fn it_recovers_when_the_gateway_was_killed() {
+async fn the_page_recovers_from_a_killed_or_frozen_gateway() {
     let mut shown = Shown::new(&[]).await;
     shown.is_live().await;
     let before = shown.goes_on_after(0).await;
     shown.gateway.kill();
     eventually("it says so", async || shown.state().await.starts_with("disconnected")).await;
     shown.browser.screenshot("disconnected").await;
-    // More numbers than the page shows are published meanwhile, or fewer.
+    // Products are published meanwhile.
     let published = async || shown.pipeline.entries(before + 20, 1).await.len();
     eventually("numbers are published", async || published().await == 1).await;
     let (url, address) = (shown.pipeline.broker.url(), shown.address.clone());
@@ -122,7 +122,7 @@ async fn it_recovers_when_the_gateway_was_killed() {
     shown.gateway = Process::start(&shown.pipeline.scratch, "gateway", &args);
     shown.is_live().await;
     shown.goes_on_after(before + 20).await;
-    // One that is frozen is noticed as well, and so is its return.
+    // The page also notices a frozen gateway, and its return.
     shown.gateway.signal(nix::sys::signal::Signal::SIGSTOP);
     eventually("it says so", async || shown.state().await.starts_with("disconnected")).await;
     shown.gateway.signal(nix::sys::signal::Signal::SIGCONT);
@@ -153,16 +153,17 @@ async fn a_lost_replica_and_a_lost_broker_are_shown() {
 
 #[tokio::test]
 #[ignore = "needs a browser: make test-page"]
-async fn a_token_is_asked_for_where_one_is_needed() {
+async fn the_page_asks_for_a_token_if_one_is_needed() {
     let scratch = tests::Scratch::new();
     let key = scratch.path("key");
     std::fs::write(&key, "0123456789abcdef0123456789abcdef").unwrap();
     let key = key.to_str().unwrap();
     let shown = Shown::new(&["--jwt-key", key]).await;
-    eventually("it asks", async || shown.state().await == "a token is needed").await;
+    eventually("the page asks for a token", async || shown.state().await == "a token is needed")
+        .await;
     shown.browser.value("document.getElementById('token').focus()").await;
     shown.browser.press("wrong\u{E007}").await;
-    eventually("it is refused", async || {
+    eventually("the token is refused", async || {
         shown.browser.text("#refused").await.contains("not accepted")
     })
     .await;
@@ -174,7 +175,7 @@ async fn a_token_is_asked_for_where_one_is_needed() {
     shown.browser.press(&format!("{}\u{E007}", token.log().trim())).await;
     shown.is_live().await;
     shown.goes_on_after(0).await;
-    // The tab remembers it.
+    // The tab remembers the token.
     shown.browser.open(&format!("http://{}/", shown.address)).await;
     shown.is_live().await;
     eventually("the replicas are shown", async || shown.alive("odd").await == "2").await;
@@ -182,7 +183,7 @@ async fn a_token_is_asked_for_where_one_is_needed() {
 
 #[tokio::test]
 #[ignore = "needs a browser: make test-page"]
-async fn it_fits_a_telephone_the_dark_and_a_keyboard() {
+async fn the_page_fits_a_phone_dark_mode_and_a_keyboard() {
     let shown = Shown::new(&[]).await;
     shown.is_live().await;
     shown.goes_on_after(100).await;
@@ -221,7 +222,7 @@ async fn it_fits_a_telephone_the_dark_and_a_keyboard() {
             }
         }
     }
-    // By keyboard: the way past everything comes first, and the list can be scrolled.
+    // By keyboard: the first element is the link that skips to the list.
     shown.browser.open(&format!("http://{}/", shown.address)).await;
     shown.is_live().await;
     shown.browser.press("\u{E004}").await;

@@ -1,4 +1,4 @@
-//! How processes start and stop.
+//! The start and the end of processes.
 
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ async fn sigterm_ends_every_service_with_status_0_and_loses_nothing() {
 }
 
 #[tokio::test]
-async fn sigterm_without_a_broker() {
+async fn sigterm_without_a_broker_ends_every_service() {
     let mut pipeline = Pipeline::new().await;
     let generator = pipeline.generator(Parity::Even).await;
     let mut ticks = Ticks::watch(&pipeline.client).await;
@@ -39,15 +39,16 @@ async fn sigterm_without_a_broker() {
         service.wait_for("disconnected").await;
         assert!(service.terminate().await.success(), "{}", service.log());
     }
-    // Slots have begun since, and wait.
+    // Slots have begun since and cannot be settled.
     multiplier.wait_for("not settled yet").await;
     assert_eq!(multiplier.terminate().await.code(), Some(1));
     assert!(multiplier.log().contains("their products are lost"), "{}", multiplier.log());
 }
 
-/// What is due when SIGTERM comes is published if that is possible in time, and told if not.
+/// After SIGTERM a multiplier publishes a product that is due, or reports that it could not in
+/// time.
 #[tokio::test]
-async fn sigterm_with_products_due() {
+async fn after_sigterm_a_due_product_is_published_or_reported() {
     let mut pipeline = Pipeline::new().await;
     let _generators = pipeline.generators().await;
     let context = async_nats::jetstream::new(pipeline.client.clone());
@@ -57,7 +58,8 @@ async fn sigterm_with_products_due() {
     for comes_back in [true, false] {
         let mut ticks = Ticks::watch(&pipeline.client).await;
         let mut multiplier = pipeline.multiplier(500).await;
-        // Nothing is due at this moment, and then something that the history does not take.
+        // At a moment when no product is due, the history stops taking products. Then one becomes
+        // due.
         ticks.until(|draw| draw.due().is_none()).await;
         context.update_stream(&elsewhere).await.unwrap();
         let due = ticks.until(|draw| draw.due().is_some()).await;
@@ -90,7 +92,7 @@ async fn settings_come_from_the_environment_too() {
 }
 
 #[tokio::test]
-async fn wrong_settings_are_named_with_status_2() {
+async fn wrong_settings_are_named_and_end_with_status_2() {
     let scratch = Scratch::new();
     for (binary, flag, value) in [
         ("generator", "--parity", "prime"),
@@ -116,7 +118,7 @@ async fn wrong_settings_are_named_with_status_2() {
 }
 
 #[tokio::test]
-async fn a_port_that_is_taken_is_a_clear_error() {
+async fn a_port_in_use_is_a_clear_error() {
     let scratch = Scratch::new();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
@@ -127,7 +129,7 @@ async fn a_port_that_is_taken_is_a_clear_error() {
 }
 
 #[tokio::test]
-async fn logs_are_json_when_asked_for() {
+async fn logs_are_json_if_requested() {
     let scratch = Scratch::new();
     let args = ["--parity", "odd", "--log-format", "json", "--nats", "nats://127.0.0.1:9"];
     let mut generator = Process::start(&scratch, "generator", &args);

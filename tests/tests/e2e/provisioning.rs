@@ -8,7 +8,7 @@ use futures::StreamExt;
 use tests::{Broker, Pipeline, Process, Scratch, connect};
 
 #[tokio::test]
-async fn creates_and_is_idempotent() {
+async fn provision_creates_the_streams_and_is_idempotent() {
     let pipeline = Pipeline::new().await;
     let context = jetstream::new(pipeline.client.clone());
     let numbers = context.get_stream(NUMBERS).await.unwrap();
@@ -32,7 +32,7 @@ async fn creates_and_is_idempotent() {
 }
 
 #[tokio::test]
-async fn refuses_what_could_lose_history_and_applies_what_cannot() {
+async fn provision_refuses_only_changes_that_could_lose_history() {
     let pipeline = Pipeline::new().await;
     let payload = Product::new(846, 511).unwrap().encode();
     for _ in 0..10 {
@@ -66,7 +66,7 @@ async fn refuses_what_could_lose_history_and_applies_what_cannot() {
     assert_eq!(now.state.messages, 10);
 }
 
-/// The streams as they were before the server republished: they are changed, and nothing is lost.
+/// `provision` changes streams from before the server republished, and loses nothing.
 #[tokio::test]
 async fn streams_of_the_former_protocol_are_changed() {
     let scratch = Scratch::new();
@@ -101,7 +101,7 @@ async fn streams_of_the_former_protocol_are_changed() {
     ] {
         assert!(provision.log().contains(line), "{line}: {}", provision.log());
     }
-    // A gateway has the last 100, whatever subject they were stored under.
+    // A gateway serves the last 100 records, even if they were stored under another subject.
     let pipeline = Pipeline::on(scratch, broker).await;
     let (_gateway, address) = pipeline.gateway().await;
     assert_eq!(crate::gateway::sequences(&address, 150).await.len(), 100);
@@ -134,7 +134,7 @@ async fn a_subject_that_belongs_to_another_stream_is_a_clear_error() {
 }
 
 #[tokio::test]
-async fn without_a_broker_it_waits_and_then_fails_clearly() {
+async fn without_a_broker_provision_waits_and_then_fails_clearly() {
     let scratch = Scratch::new();
     let args = ["provision", "--nats", "nats://127.0.0.1:9", "--wait-ms", "500"];
     let mut provision = Process::start(&scratch, "evenodd", &args);

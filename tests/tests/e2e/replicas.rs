@@ -1,4 +1,4 @@
-//! Service 4: who is alive.
+//! Service 4: the list of live replicas.
 
 use contract::Parity;
 use serde_json::Value;
@@ -33,10 +33,10 @@ async fn every_replica_is_listed_while_it_lives() {
     for replica in shown["replicas"].as_array().unwrap() {
         assert_eq!(replica["version"], env!("CARGO_PKG_VERSION"));
         assert!(replica["started"].as_str().unwrap().starts_with("20"));
-        // The gateway was asked too early, which counts.
+        // The gateway counts the requests that came before it was ready as errors.
         assert!(replica["service"] == "gateway" || replica["errors"] == 0, "{replica}");
     }
-    // The latest tick was done by one of the multipliers, and is not always the same.
+    // The latest tick is from one of the multipliers, and changes.
     let mut slots = Vec::new();
     eventually("the latest tick changes", async || {
         let list = list().await;
@@ -54,7 +54,7 @@ async fn every_replica_is_listed_while_it_lives() {
     eventually("the killed one is gone", async || counts().await == [1, 2, 2, 1]).await;
     let _new = pipeline.generator(Parity::Even).await;
     eventually("the new one is there", async || counts().await == [2, 2, 2, 1]).await;
-    // Without the broker the list is the last one there was, and says so.
+    // Without the broker the gateway serves the last list, with its age.
     pipeline.broker.kill();
     eventually("the list is old", async || {
         get(&address, "/replicas", &[]).await.header("age").is_some()
@@ -69,7 +69,7 @@ async fn every_replica_is_listed_while_it_lives() {
     .await;
 }
 
-/// Foreign answers on the Services API neither stop nor fill the list.
+/// Foreign answers on the Services API neither stop the list nor grow it without limit.
 #[tokio::test]
 async fn foreign_answers_do_no_harm() {
     use futures::StreamExt;

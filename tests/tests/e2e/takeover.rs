@@ -4,7 +4,7 @@ use evenodd::streams;
 use runtime::history::{self, MAX_BATCH};
 use tests::{Broker, Pipeline, Process, Scratch, connect};
 
-/// Runs it, and returns its exit status and what it printed.
+/// Runs `takeover`, and returns its exit status and what it printed.
 async fn takeover(from: &Broker, to: &Broker, scratch: &Scratch) -> (Option<i32>, String) {
     let args = ["takeover", "--from", &from.url(), "--nats", &to.url()];
     let mut process = Process::start(scratch, "evenodd", &args);
@@ -14,12 +14,12 @@ async fn takeover(from: &Broker, to: &Broker, scratch: &Scratch) -> (Option<i32>
 #[tokio::test]
 async fn sequences_and_times_are_kept_and_nothing_is_overwritten() {
     let old = Pipeline::new().await;
-    // More than one piece, and something that does not decode: it is history all the same.
+    // More than one chunk, and an invalid message, which belongs to the history too.
     for slot in 0..2000 {
         old.publish(1000 + slot).await;
     }
     old.store(9000, b"no number".to_vec()).await;
-    // The old broker may have the settings of a former version.
+    // The old broker may have the settings of an earlier version.
     let mut former = streams::numbers(1);
     (former.subjects, former.republish) = (vec!["numbers.published".into()], None);
     async_nats::jetstream::new(old.client.clone()).update_stream(&former).await.unwrap();
@@ -37,7 +37,7 @@ async fn sequences_and_times_are_kept_and_nothing_is_overwritten() {
     assert!(provision.wait().await.success());
     assert!(provision.log().contains("stream NUMBERS: as it must be"), "{}", provision.log());
 
-    // There is a history now.
+    // The second takeover finds a history.
     let (status, output) = takeover(&old.broker, &new, &scratch).await;
     assert_eq!(status, Some(1));
     assert!(output.contains("there is a stream NUMBERS already"), "{output}");
@@ -48,7 +48,7 @@ async fn sequences_and_times_are_kept_and_nothing_is_overwritten() {
 }
 
 #[tokio::test]
-async fn a_broker_without_a_history_or_that_is_not_there_is_named() {
+async fn a_missing_history_or_broker_is_named() {
     let scratch = Scratch::new();
     let (empty, other) = (Broker::start(&scratch).await, Scratch::new());
     let new = Broker::start(&other).await;

@@ -42,7 +42,7 @@ fn start_with(
     }
 }
 
-/// 0 while the gateway has not read the history.
+/// The last sequence of the gateway, or 0 until it has read the history.
 async fn last_seq(up: &Up) -> u64 {
     get(&up.http, "/numbers", &[]).await.json()["last_seq"].as_u64().unwrap_or(0)
 }
@@ -55,7 +55,7 @@ async fn is_ready(up: &Up) {
 }
 
 #[tokio::test]
-async fn runs_restarts_what_dies_and_continues_the_history() {
+async fn up_restarts_what_dies_and_continues_the_history() {
     let scratch = Scratch::new();
     let (nats_port, http_port) = (port(), port());
     let mut up = start(&scratch, nats_port, http_port);
@@ -63,7 +63,7 @@ async fn runs_restarts_what_dies_and_continues_the_history() {
     is_ready(&up).await;
     eventually("numbers come", async || last_seq(&up).await >= 2).await;
 
-    // One child after the other is killed: each is started again, and no slot is missed.
+    // One child after the other is killed. Each is started again, and no slot is missed.
     let client = async_nats::connect(&up.nats).await.unwrap();
     let mut ticks = Ticks::watch(&client).await;
     for binary in ["generator", "multiplier", "gateway", "generator", "multiplier"] {
@@ -73,14 +73,14 @@ async fn runs_restarts_what_dies_and_continues_the_history() {
         ticks.take(3).await;
     }
     assert_eq!(up.process.log().matches("starting it again").count(), 5);
-    // So is the broker.
+    // The broker is started again too.
     kill(children(up.process.pid(), "nats-server")[0]);
     ticks.take(6).await;
     assert_eq!(Audit::of(&client).await.missed(), []);
 
     is_ready(&up).await;
 
-    // A second one finds everything taken, and says all of it at once.
+    // A second `up` finds everything in use, and reports all of it at once.
     let mut second = start(&scratch, nats_port, http_port);
     assert_eq!(second.process.wait().await.code(), Some(1));
     let log = second.process.log();
@@ -105,10 +105,10 @@ fn kill(pid: i32) {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
 }
 
-/// If `up` itself is killed, nothing is left behind, and the next one finds a clean store.
+/// If `up` itself is killed, its children end, and the next `up` finds a usable store.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn nothing_is_left_behind_when_it_is_killed() {
+async fn no_child_survives_when_up_is_killed() {
     let scratch = Scratch::new();
     let (nats_port, http_port) = (port(), port());
     let mut up = start(&scratch, nats_port, http_port);
@@ -127,7 +127,7 @@ async fn nothing_is_left_behind_when_it_is_killed() {
     assert!(up.process.terminate().await.success());
 }
 
-/// The processes with this name that a process has started.
+/// The children of a process that have this name.
 fn children(parent: u32, name: &str) -> Vec<i32> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let children = processes.filter_map(|process| {
@@ -141,7 +141,7 @@ fn children(parent: u32, name: &str) -> Vec<i32> {
 }
 
 #[tokio::test]
-async fn every_obstacle_is_named_before_anything_starts() {
+async fn every_fault_is_named_before_anything_starts() {
     let scratch = Scratch::new();
     fs::write(scratch.path("file"), "").unwrap();
     let old = scratch.path("old-nats-server");
@@ -169,9 +169,9 @@ async fn every_obstacle_is_named_before_anything_starts() {
     }
 }
 
-/// A service that does not take its settings would not take them the next time either.
+/// A restart does not help a service that rejects its settings, so `up` ends.
 #[tokio::test]
-async fn settings_that_a_service_refuses_end_it() {
+async fn up_ends_if_a_service_rejects_its_settings() {
     let scratch = Scratch::new();
     let key = [("EVENODD_JWT_KEY", "/nowhere/key")];
     let mut up = start_with(&scratch, port(), port(), &key);
