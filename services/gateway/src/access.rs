@@ -18,7 +18,7 @@ use warp::http::{HeaderMap, header};
 use crate::problem::Problem;
 
 /// How far the clocks of who signs and who checks may be apart.
-const LEEWAY_S: u64 = 10;
+const LEEWAY: Duration = Duration::from_secs(10);
 /// A secret is as long as the hash that it keys (RFC 7518, section 3.2).
 const MIN_SECRET: usize = 32;
 /// More is no key file.
@@ -102,8 +102,9 @@ impl Access {
             None => token,
         };
         let token = token.ok_or_else(Problem::token_missing)?;
-        let valid = self.valid_for(&file.keys.borrow(), token);
-        valid.map(|left| Some(Instant::now() + left)).ok_or_else(Problem::token_invalid)
+        let left = self.valid_for(&file.keys.borrow(), token);
+        // None as well if it expires later than an instant can say.
+        Ok(Instant::now().checked_add(left.ok_or_else(Problem::token_invalid)?))
     }
 
     fn valid_for(&self, keys: &[Key], token: &str) -> Option<Duration> {
@@ -121,7 +122,7 @@ impl Access {
         };
         // The key's algorithm, never the token's.
         let mut validation = Validation::new(key.algorithm);
-        validation.leeway = LEEWAY_S;
+        validation.leeway = LEEWAY.as_secs();
         validation.validate_nbf = true;
         validation.validate_aud = self.jwt_audience.is_some();
         let mut required = vec!["exp"];
@@ -137,10 +138,7 @@ impl Access {
         let claims = decode::<Claims>(token, &key.key, &validation).ok()?.claims;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
         let expires = Duration::try_from_secs_f64(claims.exp).unwrap_or(Duration::MAX);
-        let expires = expires.saturating_add(Duration::from_secs(LEEWAY_S));
-        // An instant has an end as well; nobody is connected for longer than a year.
-        const LONGEST: Duration = Duration::from_secs(365 * 86_400);
-        Some(expires.saturating_sub(now).min(LONGEST))
+        Some(expires.saturating_add(LEEWAY).saturating_sub(now))
     }
 }
 

@@ -19,9 +19,10 @@ use time::OffsetDateTime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use crate::format::Format;
 use crate::problem::Problem;
-use crate::reader::valid;
-use crate::snapshot::{Format, Number, Snapshot};
+use crate::record::{Record, valid};
+use crate::snapshot::Snapshot;
 
 /// Reads that are in progress at once.
 const AT_ONCE: usize = 8;
@@ -30,7 +31,7 @@ const TURN: Duration = Duration::from_secs(1);
 /// How long to wait before a read that should have found something is made again.
 const BEHIND: [Duration; 3] =
     [Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(200)];
-/// From one read of an export to the next: at most 100,000 numbers a second.
+/// From one read of an export to the next: at most 100,000 records a second.
 const EXPORT_PACE: Duration = Duration::from_millis(10);
 
 /// Bounded reads of the history. Requests and feeds have a budget each, so that neither takes the
@@ -51,20 +52,14 @@ pub struct Page {
     /// The last sequence of the stream, as far as this replica knows.
     last_seq: u64,
     count: usize,
-    /// Its valid numbers.
-    pub numbers: Vec<Number>,
+    /// The records.
+    pub numbers: Vec<Record>,
     /// The sequence after which the next page begins; `None` at the end.
     pub next: Option<u64>,
 }
 
-impl Page {
-    fn new(snapshot: &Snapshot, numbers: Vec<Number>, next: Option<u64>) -> Self {
-        Self { stream: NUMBERS, last_seq: snapshot.last_seq, count: numbers.len(), numbers, next }
-    }
-}
-
 impl History {
-    /// Bounds: reads a second, and exports at once.
+    /// Reads a second, and exports at once, are limited.
     pub fn new(client: Client, reads_per_s: u32, exports: u32) -> Self {
         Self {
             client,
@@ -99,27 +94,28 @@ impl History {
         start: Start,
         limit: usize,
     ) -> Result<Page, Problem> {
-        if let Some(held) = snapshot.held(start) {
-            let mut numbers: Vec<Number> = held.take(limit + 1).cloned().collect();
-            let more = numbers.len() > limit;
-            numbers.truncate(limit);
-            let next = numbers.last().filter(|_| more).map(|number| number.seq);
-            return Ok(Page::new(snapshot, numbers, next));
-        }
-        let mut entries = self.read(start, limit).await?;
-        // The stream may have grown since; then the rest is on the next page.
-        entries.retain(|entry| entry.sequence <= snapshot.last_seq);
-        let end = entries.last().map(|entry| entry.sequence);
-        let next = end.filter(|end| *end < snapshot.last_seq);
-        Ok(Page::new(snapshot, valid(&entries), next))
+        let last_seq = snapshot.last_seq;
+        let (numbers, end) = if let Some(held) = snapshot.held(start) {
+            let mut held = held.cloned();
+            let numbers: Vec<Record> = held.by_ref().take(limit).collect();
+            let end = numbers.last().filter(|_| held.next().is_some()).map(|record| record.seq);
+            (numbers, end)
+        } else {
+            let mut entries = self.read_for_request(start, limit).await?;
+            // The stream may have grown since; then the rest is on the next page.
+            entries.retain(|entry| entry.sequence <= last_seq);
+            let end = entries.last().map(|entry| entry.sequence);
+            (valid(&entries), end.filter(|end| *end < last_seq))
+        };
+        Ok(Page { stream: NUMBERS, last_seq, count: numbers.len(), numbers, next: end })
     }
 
-    /// A read for a request: at once or not at all.
-    async fn read(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
-        self.for_requests.try_acquire().map_err(|_| too_many(TURN))?.forget();
+    /// A read for a request, which begins soon or not at all.
+    async fn read_for_request(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
+        self.for_requests.try_acquire().map_err(|_| Problem::too_many_reads(TURN))?.forget();
         let turn = tokio::time::timeout(TURN, self.at_once.acquire());
-        let _turn = turn.await.map_err(|_| too_many(TURN))?;
-        self.read_held(start, limit).await
+        let _turn = turn.await.map_err(|_| Problem::too_many_reads(TURN))?;
+        self.read(start, limit).await
     }
 
     /// The messages after a sequence, for a feed, which waits until there is budget for it.
@@ -131,18 +127,18 @@ impl History {
         if let Ok(permit) = self.for_feeds.acquire().await {
             permit.forget();
         }
-        self.read_in_turn(Start::Sequence(after + 1), limit).await
+        self.read_in_turn(after, limit).await
     }
 
-    /// A read that waits for its turn.
-    async fn read_in_turn(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
-        let _turn = self.at_once.acquire().await.ok();
-        self.read_held(start, limit).await
+    /// The messages after a sequence, as soon as fewer than [`AT_ONCE`] reads are in progress.
+    async fn read_in_turn(&self, after: u64, limit: usize) -> Result<Vec<Entry>, Problem> {
+        let _turn = self.at_once.acquire().await;
+        self.read(Start::Sequence(after + 1), limit).await
     }
 
     /// Reads what is known to be there. A replica of the stream that is behind does not have it
     /// yet; then another one is asked.
-    async fn read_held(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
+    async fn read(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
         for pause in BEHIND {
             let read = history::read(&self.client, NUMBERS, start, limit).await;
             let entries = read.map_err(|error| {
@@ -156,9 +152,9 @@ impl History {
         Err(Problem::unavailable("the history cannot be read: its replica is behind"))
     }
 
-    /// All numbers from a position on, up to the last one that the snapshot knows of, or to the
-    /// first one that was stored at `until` or later. Nothing is read that the client does not
-    /// take, and an export that fails ends with an error, so that it is not taken for complete.
+    /// All records from `start` on, up to the last one that the snapshot knows of, or to the first
+    /// one that was stored at `until` or later. Nothing is read that the client does not take. An
+    /// export that fails ends with an error, so that no client takes it for complete.
     ///
     /// # Errors
     /// 429 if too many exports are in progress, 503 if the broker does not answer.
@@ -177,23 +173,23 @@ impl History {
             format,
             next: None,
             not_before: Instant::now(),
-            _permit: permit.map_err(|_| too_many(Duration::from_secs(10)))?,
+            _permit: permit.map_err(|_| Problem::too_many_reads(Duration::from_secs(10)))?,
         };
         let mut head = String::new();
         if format == Format::Csv {
             head.push_str("seq,number,even,odd,published_at\n");
         }
-        // The first read is made before the answer begins, so that it can still be an error.
+        // The first read is made before the response begins, so that it can still be an error.
         head += &match snapshot.held(start) {
-            Some(held) => format.all(held.filter(|number| export.wants(number.seq, number.time))),
-            None => export.take(self.read(start, MAX_BATCH).await?),
+            Some(held) => format.all(held.filter(|record| export.wants(record.seq, record.time))),
+            None => export.take(self.read_for_request(start, MAX_BATCH).await?),
         };
         let rest = stream::try_unfold(export, async |mut export| {
             let Some(after) = export.next else { return Ok(None) };
             tokio::time::sleep_until(export.not_before).await;
             export.not_before = Instant::now() + EXPORT_PACE;
-            let read = export.history.read_in_turn(Start::Sequence(after + 1), MAX_BATCH).await;
-            let entries = read.map_err(|problem| io::Error::other(problem.to_string()))?;
+            let read = export.history.read_in_turn(after, MAX_BATCH).await;
+            let entries = read.map_err(|problem| io::Error::other(problem.detail))?;
             let chunk = export.take(entries);
             Ok(Some((Bytes::from(chunk), export)))
         });
@@ -218,7 +214,7 @@ impl Export {
         seq <= self.last_seq && self.until.is_none_or(|until| time < until)
     }
 
-    /// Writes what belongs to the export, and finds out where to go on.
+    /// Writes what belongs to the export, and notes where to go on.
     fn take(&mut self, mut entries: Vec<Entry>) -> String {
         let read = entries.len();
         entries.retain(|entry| self.wants(entry.sequence, entry.time));
@@ -226,11 +222,6 @@ impl Export {
         self.next = end.filter(|end| entries.len() == read && *end < self.last_seq);
         self.format.all(&valid(&entries))
     }
-}
-
-fn too_many(wait: Duration) -> Problem {
-    let detail = "too much of the history is being read at this moment";
-    Problem::too_many_requests(detail, wait)
 }
 
 #[cfg(test)]

@@ -1,37 +1,44 @@
 //! The live feed. Every client has a position in the stream and goes on from it: from the snapshot
-//! when that holds what follows, from the history when not. So there is no queue for a client that
-//! is slow, and none that has to be filled for one that comes back.
+//! if that holds what follows, from the history if not. A slow client has no queue that could
+//! overflow, and one that comes back is like any other.
 
 use std::convert::Infallible;
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use contract::streams::NUMBERS;
 use futures::Stream;
+use futures::future::OptionFuture;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::Gateway;
-use crate::reader::valid;
-use crate::snapshot::{CATCH_UP, Format, Snapshot, stream_id};
+use crate::format::Format;
+use crate::gateway::Gateway;
+use crate::record::valid;
+use crate::snapshot::{Snapshot, stream_id};
+use crate::state::CATCH_UP;
 
-/// A quiet feed shows that it is alive this often.
+/// A feed without new numbers shows this often that it is alive.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 /// How many messages a client that is far behind gets at once; bounds the memory that it takes.
 const BATCH: usize = 250;
 /// The pause after a read that failed.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
-/// Where a client wants to begin.
-#[derive(Debug, Default)]
+/// What a client asks for.
 pub struct Wish {
-    /// The last sequence that it has seen; without one it begins with the next number.
+    /// The last sequence that the client has; without one it begins with the next number.
     pub after: Option<u64>,
-    /// The stream that it has seen it in.
+    /// The stream that `after` belongs to, if the client says so.
     pub stream: Option<String>,
+    /// Events or lines.
+    pub format: Format,
+    /// When the client's access token expires.
+    pub expires: Option<Instant>,
 }
 
 /// One client's feed.
@@ -39,51 +46,60 @@ pub struct Feed {
     gateway: Arc<Gateway>,
     snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     format: Format,
-    /// Which stream, and the last sequence that the client has.
+    expires: Option<Instant>,
+    /// Which stream, and the last sequence of it that the client has.
     created: OffsetDateTime,
     position: u64,
-    /// Since when the position is beyond the end of the stream.
-    beyond: Option<Instant>,
-    /// What to say first.
-    greeting: Option<String>,
-    /// When the client's permission ends.
-    ends: Option<Instant>,
+    /// What the client is told first; empty afterwards.
+    greeting: String,
     ended: bool,
     _permit: OwnedSemaphorePermit,
 }
 
+/// What a feed does next.
+enum Step {
+    /// Sends this.
+    Send(Bytes),
+    /// Waits for a new snapshot: the client has everything.
+    Wait,
+    /// Waits for this replica to catch up with what the client has.
+    CatchUp,
+    /// Reads what the client has missed from the history.
+    ReadOn,
+}
+
 impl Feed {
-    /// A feed that begins as wished, and ends when the client's permission does.
+    /// A feed that begins as wished.
     pub fn new(
         gateway: Arc<Gateway>,
         snapshot: &Snapshot,
         wish: Wish,
-        format: Format,
-        ends: Option<Instant>,
         permit: OwnedSemaphorePermit,
     ) -> Self {
-        // Clients of a replica that has stopped come back over some seconds, not all at once.
-        let retry_ms = rand::random_range(500..3000);
         let mut feed = Self {
             snapshots: gateway.state.subscribe(),
             gateway,
-            format,
+            format: wish.format,
+            expires: wish.expires,
             created: snapshot.created,
             position: wish.after.unwrap_or(snapshot.last_seq),
-            beyond: None,
-            greeting: (format == Format::Events).then(|| format!("retry: {retry_ms}\n\n")),
-            ends,
+            greeting: String::new(),
             ended: false,
             _permit: permit,
         };
+        if feed.format == Format::Events {
+            // Clients of a replica that stops come back over some seconds, not all at once.
+            feed.greeting = format!("retry: {}\n\n", rand::random_range(500..3000));
+        }
         if wish.stream.is_some_and(|id| id != stream_id(snapshot.created)) {
             let reset = feed.reset(snapshot, "this is not the stream that was read before");
-            feed.greeting = Some(feed.greeting.unwrap_or_default() + &reset);
+            feed.greeting += &reset;
         }
         feed
     }
 
-    /// The body of the answer. It ends when the client goes away or the gateway stops.
+    /// The body of the response. It ends when the client goes away, its token expires, or the
+    /// gateway stops.
     pub fn stream(self) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static {
         futures::stream::unfold(self, async |mut feed| {
             let chunk = feed.next().await?;
@@ -91,76 +107,98 @@ impl Feed {
         })
     }
 
+    /// The next chunk of the body, asked for when the client has taken the one before.
     async fn next(&mut self) -> Option<Bytes> {
         if self.ended {
             return None;
         }
-        if let Some(greeting) = self.greeting.take() {
-            return Some(greeting.into());
+        if !self.greeting.is_empty() {
+            return Some(mem::take(&mut self.greeting).into());
         }
-        let heartbeat = Instant::now() + HEARTBEAT;
+        let shutdown = self.gateway.shutdown.clone().cancelled_owned();
+        let expiry = OptionFuture::from(self.expires.map(sleep_until));
+        let chunk = tokio::select! {
+            biased;
+            () = shutdown => self.end("shutdown", "this gateway stops; go on with another one"),
+            Some(()) = expiry => self.end("expired", "the access token has expired"),
+            chunk = self.numbers() => chunk,
+            () = sleep(HEARTBEAT) => match self.format {
+                // A comment.
+                Format::Events => Bytes::from_static(b":\n\n"),
+                _ => Bytes::from_static(b"\n"),
+            },
+        };
+        Some(chunk)
+    }
+
+    /// What follows the client's position, as soon as there is something. Cancel safe.
+    async fn numbers(&mut self) -> Bytes {
         loop {
-            if let Some(last_word) = self.last_word() {
-                return Some(last_word);
-            }
-            let wake = self.ends.map_or(heartbeat, |ends| ends.min(heartbeat));
-            if let Some(chunk) = self.ready(wake).await {
-                return Some(chunk);
-            }
-            // The position may turn out to be beyond the end without a new snapshot.
-            let look = Instant::now() + CATCH_UP / 4;
-            let wake = if self.beyond.is_some() { look.min(wake) } else { wake };
-            tokio::select! {
-                _ = self.snapshots.changed() => {}
-                () = sleep_until(wake) => {}
-                () = self.gateway.shutdown.cancelled() => {}
-            }
-            if heartbeat <= Instant::now() {
-                // A comment, or an empty line.
-                let events = self.format == Format::Events;
-                return Some(Bytes::from_static(if events { b":\n\n" } else { b"\n" }));
+            match self.step() {
+                Step::Send(chunk) => return chunk,
+                Step::Wait => {
+                    // The state lives as long as the gateway.
+                    let _ = self.snapshots.changed().await;
+                }
+                Step::CatchUp => {
+                    if let Some(reset) = self.catch_up().await {
+                        return reset.into();
+                    }
+                }
+                Step::ReadOn => {
+                    let chunk = self.read_on().await;
+                    if !chunk.is_empty() {
+                        return chunk.into();
+                    }
+                }
             }
         }
     }
 
-    /// What can be said at once.
-    async fn ready(&mut self, wake: Instant) -> Option<Bytes> {
-        let snapshot = self.snapshots.borrow_and_update().clone()?;
+    fn step(&mut self) -> Step {
+        let Some(snapshot) = self.snapshots.borrow_and_update().clone() else {
+            return Step::Wait;
+        };
         if snapshot.created != self.created {
-            return Some(self.reset(&snapshot, "the stream was made anew").into());
+            return Step::Send(self.reset(&snapshot, "the stream was made anew").into());
         }
         if self.position > snapshot.last_seq {
-            // This replica may be behind; without the broker nobody can tell.
-            let since = *self.beyond.get_or_insert_with(Instant::now);
-            // The stream was asked after a moment in which it could have caught up.
-            if since.elapsed() > CATCH_UP + self.gateway.state.age() {
-                return Some(self.reset(&snapshot, "nothing was published there yet").into());
-            }
-            return None;
+            return Step::CatchUp;
         }
-        self.beyond = None;
-        if let Some(chunk) = snapshot.feed_after(self.position, self.format) {
-            self.position = snapshot.last_seq;
-            return Some(chunk).filter(|chunk| !chunk.is_empty());
-        }
-        self.read_on(wake).await
+        let Some(chunk) = snapshot.feed_after(self.position, self.format) else {
+            return Step::ReadOn;
+        };
+        self.position = snapshot.last_seq;
+        if chunk.is_empty() { Step::Wait } else { Step::Send(chunk) }
     }
 
-    /// The next part of the history, until the snapshot holds what follows.
-    async fn read_on(&mut self, wake: Instant) -> Option<Bytes> {
-        let read = tokio::select! {
-            read = self.gateway.history.read_for_feed(self.position, BATCH) => read,
-            () = sleep_until(wake) => return None,
-            () = self.gateway.shutdown.cancelled() => return None,
-        };
-        self.snapshots.mark_changed();
-        let Ok(entries) = read else {
-            sleep(AFTER_FAILURE).await;
-            return None;
-        };
-        self.position = entries.last().map_or(self.position, |last| last.sequence);
-        let chunk = self.format.all(&valid(&entries));
-        (!chunk.is_empty()).then(|| chunk.into())
+    /// Waits until this replica has caught up with the client. If the stream confirms that it ends
+    /// before the client's position, the position is reset. Without the broker nobody can tell.
+    async fn catch_up(&mut self) -> Option<String> {
+        let position = self.position;
+        let deadline = Instant::now() + CATCH_UP;
+        let mut confirmations = self.gateway.state.confirmations();
+        tokio::select! {
+            _ = self.snapshots.wait_for(|s| s.as_ref().is_some_and(|s| s.last_seq >= position)) => {}
+            _ = confirmations.wait_for(|confirmed| *confirmed > deadline) => {}
+        }
+        let snapshot = self.snapshots.borrow().clone()?;
+        let beyond = snapshot.last_seq < position;
+        beyond.then(|| self.reset(&snapshot, "nothing was published there yet"))
+    }
+
+    /// The next part of the history; empty after a read that failed, or that found no number.
+    async fn read_on(&mut self) -> String {
+        match self.gateway.history.read_for_feed(self.position, BATCH).await {
+            Ok(entries) => {
+                self.position = entries.last().map_or(self.position, |last| last.sequence);
+                self.format.all(&valid(&entries))
+            }
+            Err(_) => {
+                sleep(AFTER_FAILURE).await;
+                String::new()
+            }
+        }
     }
 
     /// The client's position means nothing in this stream: it goes on with the next number.
@@ -174,21 +212,13 @@ impl Feed {
         });
         self.created = snapshot.created;
         self.position = snapshot.last_seq;
-        self.beyond = None;
         self.event("reset", facts)
     }
 
-    /// Why the feed ends, if it does now.
-    fn last_word(&mut self) -> Option<Bytes> {
-        let (name, reason) = if self.gateway.shutdown.is_cancelled() {
-            ("shutdown", "this gateway stops; go on with another one")
-        } else if self.ends.is_some_and(|ends| ends <= Instant::now()) {
-            ("expired", "the access token has expired")
-        } else {
-            return None;
-        };
+    /// The last chunk, which says why the feed ends.
+    fn end(&mut self, name: &str, reason: &str) -> Bytes {
         self.ended = true;
-        Some(self.event(name, json!({ "reason": reason })).into())
+        self.event(name, json!({ "reason": reason })).into()
     }
 
     fn event(&self, name: &str, mut facts: Value) -> String {

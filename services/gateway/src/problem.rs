@@ -1,17 +1,16 @@
 //! Errors as HTTP: problem documents (RFC 9457). This is the only place that makes them.
 
-use std::fmt;
 use std::time::Duration;
 
 use serde_json::json;
 use warp::http::{HeaderName, HeaderValue, StatusCode, header};
 use warp::reply::Response;
 
-/// Why a request is not answered as asked. The detail is for the client.
+/// Why a request fails. The detail is for the client.
 #[derive(Debug)]
 pub struct Problem {
     status: StatusCode,
-    detail: String,
+    pub detail: String,
     header: Option<(HeaderName, HeaderValue)>,
 }
 
@@ -36,7 +35,7 @@ impl Problem {
             .with(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"evenodd\""))
     }
 
-    /// 401 for a token that does not do. What is wrong with it is nobody's business.
+    /// 401 for a token that is not valid. It does not say why.
     pub fn token_invalid() -> Self {
         let challenge = "Bearer realm=\"evenodd\", error=\"invalid_token\"";
         Self::new(StatusCode::UNAUTHORIZED, "the token is not valid")
@@ -54,22 +53,16 @@ impl Problem {
             .with(header::ALLOW, HeaderValue::from_static("GET, HEAD, OPTIONS"))
     }
 
-    /// 429: more is asked for than is good for the broker; when to try again.
-    pub fn too_many_requests(detail: impl Into<String>, wait: Duration) -> Self {
-        Self::new(StatusCode::TOO_MANY_REQUESTS, detail)
-            .with(header::RETRY_AFTER, wait.as_secs().max(1))
+    /// 429: the history is read as often as the broker should bear; when to try again.
+    pub fn too_many_reads(wait: Duration) -> Self {
+        let detail = "too much of the history is being read at this moment";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, detail).with(header::RETRY_AFTER, wait.as_secs())
     }
 
     /// 503: not now; try again in a second.
     pub fn unavailable(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, detail)
             .with(header::RETRY_AFTER, HeaderValue::from_static("1"))
-    }
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.detail)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Which replicas of which service are alive, and who did the latest tick.
+//! Which replicas of which service are alive, and the latest tick.
 //!
 //! They are asked through the NATS Services API (ADR-32), all at once and in the background: a
 //! request for the list costs the broker nothing.
@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use async_nats::{Client, Subscriber};
+use anyhow::Context;
+use async_nats::Client;
 use bytes::Bytes;
 use contract::{Draw, Message, subjects};
 use futures::StreamExt;
@@ -58,7 +59,7 @@ struct Replica {
     heard: Instant,
 }
 
-/// The answer, and when it was made; `None` until the replicas were heard.
+/// The response body, and when it was made; `None` until the first replica was heard.
 pub type List = Option<(Bytes, Instant)>;
 
 #[derive(Serialize)]
@@ -68,78 +69,55 @@ struct Body<'a> {
     replicas: Vec<&'a Replica>,
 }
 
-/// The task that keeps the list.
-pub struct Replicas {
-    client: Client,
-    inbox: String,
-    answers: Subscriber,
-    ticks: Subscriber,
-    known: BTreeMap<(String, String), Replica>,
-    latest_tick: Option<Draw>,
-    list: watch::Sender<List>,
-}
-
-impl Replicas {
-    /// Listens, and gives the list as it will be kept: empty until it is known.
-    ///
-    /// # Errors
-    /// If the connection was closed.
-    pub async fn new(client: Client) -> anyhow::Result<(Self, watch::Receiver<List>)> {
-        let inbox = connection::inbox(&client);
-        let (list, receiver) = watch::channel(None);
-        let replicas = Self {
-            answers: client.subscribe(inbox.clone()).await?,
-            ticks: client.subscribe(subjects::DONE).await?,
-            client,
-            inbox,
-            known: BTreeMap::new(),
-            latest_tick: None,
-            list,
-        };
-        Ok((replicas, receiver))
-    }
-
-    /// Asks and listens for ever.
-    ///
-    /// # Errors
-    /// If the connection was closed for good.
-    pub async fn run(mut self) -> anyhow::Result<()> {
-        let mut rounds = tokio::time::interval(ROUND);
-        rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                _ = rounds.tick() => {
-                    // Without the broker nobody knows who is alive: the list gets old.
-                    if connection::is_connected(&self.client) {
-                        self.render();
-                        let inbox = self.inbox.clone();
-                        self.client.publish_with_reply("$SRV.STATS", inbox, "".into()).await?;
-                    }
+/// Asks and listens for ever, and keeps the list.
+///
+/// # Errors
+/// If the connection was closed for good.
+pub async fn run(client: &Client, list: &watch::Sender<List>) -> anyhow::Result<()> {
+    const CLOSED: &str = "the connection to NATS was closed";
+    let inbox = connection::inbox(client);
+    let mut answers = client.subscribe(inbox.clone()).await?;
+    let mut ticks = client.subscribe(subjects::DONE).await?;
+    let mut known = Known::default();
+    let mut rounds = tokio::time::interval(ROUND);
+    rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            // Without the broker nobody knows who is alive: the list gets old.
+            _ = rounds.tick() => if connection::is_connected(client) {
+                if let Some(body) = known.render() {
+                    list.send_replace(Some((body, Instant::now())));
                 }
-                answer = self.answers.next() => match answer {
-                    Some(answer) => self.heard(&answer.payload),
-                    None => anyhow::bail!("the connection to NATS was closed"),
-                },
-                tick = self.ticks.next() => match tick {
-                    Some(tick) => {
-                        let tick = Draw::decode(&tick.payload).ok();
-                        self.latest_tick = tick.or(self.latest_tick.take());
-                    }
-                    None => anyhow::bail!("the connection to NATS was closed"),
-                },
+                client.publish_with_reply("$SRV.STATS", inbox.clone(), "".into()).await?;
+            },
+            answer = answers.next() => known.hear(&answer.context(CLOSED)?.payload),
+            tick = ticks.next() => {
+                if let Ok(tick) = Draw::decode(&tick.context(CLOSED)?.payload) {
+                    known.latest_tick = Some(tick);
+                }
             }
         }
     }
+}
 
-    fn heard(&mut self, payload: &[u8]) {
-        // What is no such answer is somebody else's.
+/// What was heard.
+#[derive(Default)]
+struct Known {
+    /// By service and id.
+    replicas: BTreeMap<(String, String), Replica>,
+    latest_tick: Option<Draw>,
+}
+
+impl Known {
+    fn hear(&mut self, payload: &[u8]) {
+        // Anybody may send something else.
         let (true, Ok(stats)) =
             (payload.len() <= MAX_ANSWER, serde_json::from_slice::<Stats>(payload))
         else {
             return;
         };
         let key = (stats.name.clone(), stats.id.clone());
-        if self.known.len() >= MAX_REPLICAS && !self.known.contains_key(&key) {
+        if self.replicas.len() >= MAX_REPLICAS && !self.replicas.contains_key(&key) {
             return;
         }
         let replica = Replica {
@@ -151,21 +129,20 @@ impl Replicas {
             errors: stats.endpoints.iter().map(|e| e.num_errors).sum(),
             heard: Instant::now(),
         };
-        self.known.insert(key, replica);
+        self.replicas.insert(key, replica);
     }
 
-    /// Writes the list down. Until the first answers had time to come there is none.
-    fn render(&mut self) {
-        self.known.retain(|_, replica| replica.heard.elapsed() < GONE);
-        if self.known.is_empty() {
-            return;
+    /// The list of those that are alive. Until the first answers had time to come there is none.
+    fn render(&mut self) -> Option<Bytes> {
+        self.replicas.retain(|_, replica| replica.heard.elapsed() < GONE);
+        if self.replicas.is_empty() {
+            return None;
         }
         let body = serde_json::to_string(&Body {
             as_of: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
             latest_tick: self.latest_tick.as_ref(),
-            replicas: self.known.values().collect(),
+            replicas: self.replicas.values().collect(),
         });
-        let body = body.unwrap_or_default() + "\n";
-        self.list.send_replace(Some((body.into(), Instant::now())));
+        Some((body.unwrap_or_default() + "\n").into())
     }
 }

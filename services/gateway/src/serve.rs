@@ -19,23 +19,8 @@ use tracing::{debug, warn};
 use warp::filters::BoxedFilter;
 use warp::reply::Response;
 
+use crate::limits::Limits;
 use crate::problem::Problem;
-
-/// What one client, and all of them together, may take.
-#[derive(Clone, Copy, Debug)]
-pub struct Bounds {
-    /// How many connections are open at once; further ones wait in the listen queue.
-    pub connections: u32,
-    /// How long the head of a request may take, from the opening of the connection or the end of
-    /// the request before.
-    pub header_time: Duration,
-    /// How many bytes the head of a request may have.
-    pub header_bytes: usize,
-    /// How long a client may take nothing of what is sent to it.
-    pub stall: Duration,
-    /// How long open requests may take to finish after the shutdown.
-    pub drain: Duration,
-}
 
 /// The most that the kernel holds for a client that does not read (it doubles the number).
 const SEND_BUFFER: usize = 64 * 1024;
@@ -48,17 +33,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 pub fn raise_file_limit(connections: u32) {
     // The broker, the log, the listener and the runtime need some as well.
     let wanted = u64::from(connections) + 64;
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return;
-    };
-    let raised = wanted.min(hard);
-    if soft < wanted && setrlimit(Resource::RLIMIT_NOFILE, raised.max(soft), hard).is_err()
-        || raised < wanted
-    {
-        warn!(
-            hard,
-            connections, "fewer connections fit than --max-connections allows: see ulimit -n"
-        );
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    let limit = soft.max(wanted.min(hard));
+    if setrlimit(Resource::RLIMIT_NOFILE, limit, hard).is_err() || limit < wanted {
+        let what = "fewer connections fit than --max-connections allows: see ulimit -n";
+        warn!(hard, connections, "{what}");
     }
 }
 
@@ -74,21 +53,33 @@ fn bound_sending(listener: &TcpListener, stall: Duration) {
     }
 }
 
-/// Serves until `shutdown`, then lets open requests finish within the bound.
+/// Serves until `shutdown`, then lets open requests finish within `drain`.
 pub async fn serve(
     listener: TcpListener,
     routes: BoxedFilter<(Response,)>,
-    bounds: Bounds,
+    limits: Limits,
+    drain: Duration,
     shutdown: CancellationToken,
 ) {
-    let permits = Arc::new(Semaphore::new(bounds.connections as usize));
+    let permits = Arc::new(Semaphore::new(limits.max_connections as usize));
     let open = GracefulShutdown::new();
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
-        .header_read_timeout(bounds.header_time)
-        .max_buf_size(bounds.header_bytes);
-    bound_sending(&listener, bounds.stall);
+        .header_read_timeout(limits.header_ms)
+        .max_buf_size(limits.header_bytes as usize);
+    bound_sending(&listener, limits.request_ms);
+    let filters = TowerToHyperService::new(warp::service(routes));
+    let service = service_fn(move |request: hyper::Request<Incoming>| {
+        let filters = filters.clone();
+        async move {
+            // CONNECT, for instance. warp's filters panic without a path.
+            if request.uri().path_and_query().is_none() {
+                return Ok(Problem::bad_request("the request names no path").into());
+            }
+            filters.call(request).await
+        }
+    });
     loop {
         let accept = async {
             // The semaphore is never closed.
@@ -110,18 +101,7 @@ pub async fn serve(
         };
         // Without it, it is only slower.
         let _ = stream.set_nodelay(true);
-        let filters = TowerToHyperService::new(warp::service(routes.clone()));
-        let service = service_fn(move |request: hyper::Request<Incoming>| {
-            let filters = filters.clone();
-            async move {
-                // CONNECT and the like; warp's filters need a path.
-                if request.uri().path_and_query().is_none() {
-                    return Ok(Problem::bad_request("the request names no path").into());
-                }
-                filters.call(request).await
-            }
-        });
-        let connection = builder.serve_connection(TokioIo::new(stream), service);
+        let connection = builder.serve_connection(TokioIo::new(stream), service.clone());
         let connection = open.watch(connection);
         tokio::spawn(async move {
             // A client that is slow, gone or wrong is no news for an operator.
@@ -133,7 +113,7 @@ pub async fn serve(
     }
     drop(listener);
     let still_open = open.count();
-    if tokio::time::timeout(bounds.drain, open.shutdown()).await.is_err() {
+    if tokio::time::timeout(drain, open.shutdown()).await.is_err() {
         warn!(still_open, "connections were cut at the end of the drain");
     }
 }
