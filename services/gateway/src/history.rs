@@ -5,6 +5,7 @@
 //! stay in the broker's memory for a while.
 
 use std::convert::Infallible;
+use std::future::ready;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,15 +13,15 @@ use std::time::Duration;
 use async_nats::Client;
 use bytes::Bytes;
 use contract::streams::NUMBERS;
-use futures::{Stream, StreamExt, stream};
+use futures::{Stream, StreamExt, TryStreamExt, stream};
 use runtime::history::{self, Entry, MAX_BATCH, Start};
 use serde::Serialize;
 use time::OffsetDateTime;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::Instant;
+use tokio::sync::Semaphore;
+use tokio::time::MissedTickBehavior;
 
 use crate::format::Format;
-use crate::problem::Problem;
+use crate::problem::{Problem, Result};
 use crate::record::{Record, valid};
 use crate::snapshot::Snapshot;
 
@@ -29,8 +30,7 @@ const AT_ONCE: usize = 8;
 /// How long a request waits for its turn before it is refused.
 const TURN: Duration = Duration::from_secs(1);
 /// How long to wait before a read that should have found something is made again.
-const BEHIND: [Duration; 3] =
-    [Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(200)];
+const BEHIND_MS: [u64; 3] = [20, 80, 200];
 /// From one read of an export to the next: at most 100,000 records a second.
 const EXPORT_PACE: Duration = Duration::from_millis(10);
 
@@ -56,6 +56,19 @@ pub struct Page {
     pub numbers: Vec<Record>,
     /// The sequence after which the next page begins; `None` at the end.
     pub next: Option<u64>,
+}
+
+impl Page {
+    fn new(last_seq: u64, numbers: Vec<Record>, next: Option<u64>) -> Self {
+        Self { stream: NUMBERS, last_seq, count: numbers.len(), numbers, next }
+    }
+
+    /// What these messages hold, up to `last_seq`: the stream may have grown since.
+    fn of(mut entries: Vec<Entry>, last_seq: u64) -> Self {
+        entries.retain(|entry| entry.sequence <= last_seq);
+        let end = entries.last().map(|entry| entry.sequence);
+        Self::new(last_seq, valid(&entries), end.filter(|end| *end < last_seq))
+    }
 }
 
 impl History {
@@ -88,33 +101,22 @@ impl History {
     ///
     /// # Errors
     /// 429 if too much is read already, 503 if the broker does not answer.
-    pub async fn page(
-        &self,
-        snapshot: &Snapshot,
-        start: Start,
-        limit: usize,
-    ) -> Result<Page, Problem> {
+    pub async fn page(&self, snapshot: &Snapshot, start: Start, limit: usize) -> Result<Page> {
         let last_seq = snapshot.last_seq;
-        let (numbers, end) = if let Some(held) = snapshot.held(start) {
-            let mut held = held.cloned();
-            let numbers: Vec<Record> = held.by_ref().take(limit).collect();
-            let end = numbers.last().filter(|_| held.next().is_some()).map(|record| record.seq);
-            (numbers, end)
-        } else {
-            let mut entries = self.read_for_request(start, limit).await?;
-            // The stream may have grown since; then the rest is on the next page.
-            entries.retain(|entry| entry.sequence <= last_seq);
-            let end = entries.last().map(|entry| entry.sequence);
-            (valid(&entries), end.filter(|end| *end < last_seq))
+        let Some(held) = snapshot.held(start) else {
+            return Ok(Page::of(self.read_for_request(start, limit).await?, last_seq));
         };
-        Ok(Page { stream: NUMBERS, last_seq, count: numbers.len(), numbers, next: end })
+        let mut held = held.cloned();
+        let numbers: Vec<Record> = held.by_ref().take(limit).collect();
+        let next = numbers.last().filter(|_| held.next().is_some()).map(|record| record.seq);
+        Ok(Page::new(last_seq, numbers, next))
     }
 
     /// A read for a request, which begins soon or not at all.
-    async fn read_for_request(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
-        self.for_requests.try_acquire().map_err(|_| Problem::too_many_reads(TURN))?.forget();
+    async fn read_for_request(&self, start: Start, limit: usize) -> Result<Vec<Entry>> {
+        self.for_requests.try_acquire().map_err(|_| Problem::too_many_reads("1"))?.forget();
         let turn = tokio::time::timeout(TURN, self.at_once.acquire());
-        let _turn = turn.await.map_err(|_| Problem::too_many_reads(TURN))?;
+        let _turn = turn.await.map_err(|_| Problem::too_many_reads("1"))?;
         self.read(start, limit).await
     }
 
@@ -122,7 +124,7 @@ impl History {
     ///
     /// # Errors
     /// If the broker does not answer.
-    pub async fn read_for_feed(&self, after: u64, limit: usize) -> Result<Vec<Entry>, Problem> {
+    pub async fn read_for_feed(&self, after: u64, limit: usize) -> Result<Vec<Entry>> {
         // The semaphores are never closed.
         if let Ok(permit) = self.for_feeds.acquire().await {
             permit.forget();
@@ -131,15 +133,15 @@ impl History {
     }
 
     /// The messages after a sequence, as soon as fewer than [`AT_ONCE`] reads are in progress.
-    async fn read_in_turn(&self, after: u64, limit: usize) -> Result<Vec<Entry>, Problem> {
+    async fn read_in_turn(&self, after: u64, limit: usize) -> Result<Vec<Entry>> {
         let _turn = self.at_once.acquire().await;
         self.read(Start::Sequence(after + 1), limit).await
     }
 
     /// Reads what is known to be there. A replica of the stream that is behind does not have it
     /// yet; then another one is asked.
-    async fn read(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
-        for pause in BEHIND {
+    async fn read(&self, start: Start, limit: usize) -> Result<Vec<Entry>> {
+        for pause in BEHIND_MS {
             let read = history::read(&self.client, NUMBERS, start, limit).await;
             let entries = read.map_err(|error| {
                 Problem::unavailable(format!("the history cannot be read: {error}"))
@@ -147,7 +149,7 @@ impl History {
             if !entries.is_empty() {
                 return Ok(entries);
             }
-            tokio::time::sleep(pause).await;
+            tokio::time::sleep(Duration::from_millis(pause)).await;
         }
         Err(Problem::unavailable("the history cannot be read: its replica is behind"))
     }
@@ -164,63 +166,33 @@ impl History {
         start: Start,
         until: Option<OffsetDateTime>,
         format: Format,
-    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + 'static, Problem> {
+    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + 'static> {
         let permit = self.exports.clone().try_acquire_owned();
-        let mut export = Export {
-            history: self.clone(),
-            last_seq: snapshot.last_seq,
-            until,
-            format,
-            next: None,
-            not_before: Instant::now(),
-            _permit: permit.map_err(|_| Problem::too_many_reads(Duration::from_secs(10)))?,
-        };
-        let mut head = String::new();
-        if format == Format::Csv {
-            head.push_str("seq,number,even,odd,published_at\n");
-        }
+        let permit = permit.map_err(|_| Problem::too_many_reads("10"))?;
         // The first read is made before the response begins, so that it can still be an error.
-        head += &match snapshot.held(start) {
-            Some(held) => format.all(held.filter(|record| export.wants(record.seq, record.time))),
-            None => export.take(self.read_for_request(start, MAX_BATCH).await?),
-        };
-        let rest = stream::try_unfold(export, async |mut export| {
-            let Some(after) = export.next else { return Ok(None) };
-            tokio::time::sleep_until(export.not_before).await;
-            export.not_before = Instant::now() + EXPORT_PACE;
-            let read = export.history.read_in_turn(after, MAX_BATCH).await;
+        let first = self.page(snapshot, start, MAX_BATCH).await?;
+        let (next, last_seq) = (first.next, snapshot.last_seq);
+        let mut pace = tokio::time::interval(EXPORT_PACE);
+        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let rest = stream::try_unfold((self.clone(), pace, next), move |state| async move {
+            let (history, mut pace, Some(after)) = state else { return Ok(None) };
+            pace.tick().await;
+            let read = history.read_in_turn(after, MAX_BATCH).await;
             let entries = read.map_err(|problem| io::Error::other(problem.detail))?;
-            let chunk = export.take(entries);
-            Ok(Some((Bytes::from(chunk), export)))
+            let page = Page::of(entries, last_seq);
+            let next = page.next;
+            Ok(Some((page, (history, pace, next))))
         });
-        Ok(stream::iter([Ok(Bytes::from(head))]).chain(rest))
-    }
-}
-
-/// What is left to export.
-struct Export {
-    history: Arc<History>,
-    last_seq: u64,
-    until: Option<OffsetDateTime>,
-    format: Format,
-    /// After which sequence to go on, if at all.
-    next: Option<u64>,
-    not_before: Instant,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Export {
-    fn wants(&self, seq: u64, time: OffsetDateTime) -> bool {
-        seq <= self.last_seq && self.until.is_none_or(|until| time < until)
-    }
-
-    /// Writes what belongs to the export, and notes where to go on.
-    fn take(&mut self, mut entries: Vec<Entry>) -> String {
-        let read = entries.len();
-        entries.retain(|entry| self.wants(entry.sequence, entry.time));
-        let end = entries.last().map(|entry| entry.sequence);
-        self.next = end.filter(|end| entries.len() == read && *end < self.last_seq);
-        self.format.all(&valid(&entries))
+        let is_wanted = move |record: &Record| until.is_none_or(|until| record.time < until);
+        let chunks = stream::iter([Ok(first)])
+            .chain(rest)
+            .try_take_while(move |page| ready(Ok(page.numbers.first().is_none_or(is_wanted))))
+            .map_ok(move |page| {
+                let _held_until_the_end = &permit;
+                format.all(page.numbers.iter().filter(|record| is_wanted(record))).into()
+            });
+        let head = if format == Format::Csv { "seq,number,even,odd,published_at\n" } else { "" };
+        Ok(stream::iter([Ok(Bytes::from(head))]).chain(chunks))
     }
 }
 

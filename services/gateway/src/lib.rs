@@ -10,8 +10,8 @@ mod encoding;
 mod format;
 mod gateway;
 mod history;
-mod limits;
 mod live;
+mod options;
 mod problem;
 mod query;
 mod reader;
@@ -32,7 +32,8 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::gateway::ABOUT;
-pub use crate::gateway::{Options, run};
+pub use crate::gateway::run;
+pub use crate::options::Options;
 
 /// Serves the published numbers to HTTP clients.
 #[derive(Parser, Clone, Debug)]
@@ -71,7 +72,7 @@ impl Service for Settings {
     }
 
     async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        serve::raise_file_limit(self.options.limits.max_connections);
+        serve::raise_file_limit(self.options.max_connections);
         let listener = TcpListener::bind(self.http).await.with_context(|| {
             format!("cannot listen on {}; choose another address with --http", self.http)
         })?;

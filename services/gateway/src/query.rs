@@ -7,7 +7,7 @@ use std::str::FromStr;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::problem::Problem;
+use crate::problem::{Problem, Result};
 
 /// The parameters that are given. Each is taken by its name; [`end`](Self::end) finds those that
 /// are not known.
@@ -27,16 +27,13 @@ impl Query {
     ///
     /// # Errors
     /// 400 if it is given twice.
-    pub fn text(&mut self, name: &'static str) -> Result<Option<String>, Problem> {
+    pub fn text(&mut self, name: &'static str) -> Result<Option<String>> {
         self.known.push(name);
-        let Some(at) = self.given.iter().position(|(given, _)| given == name) else {
-            return Ok(None);
-        };
-        let (_, value) = self.given.remove(at);
-        if self.given.iter().any(|(given, _)| given == name) {
-            return Err(Problem::bad_request(format!("{name} is given more than once")));
+        let mut values = self.given.extract_if(.., |(given, _)| given == name);
+        match (values.next(), values.next()) {
+            (_, Some(_)) => Err(Problem::bad_request(format!("{name} is given more than once"))),
+            (given, None) => Ok(given.map(|(_, value)| value)),
         }
-        Ok(Some(value))
     }
 
     /// Takes a number.
@@ -47,34 +44,22 @@ impl Query {
         &mut self,
         name: &'static str,
         bounds: RangeInclusive<T>,
-    ) -> Result<Option<T>, Problem> {
-        let kind = format!("a number from {} to {}", bounds.start(), bounds.end());
-        self.take(name, &kind, |value| digits(value).filter(|number| bounds.contains(number)))
+    ) -> Result<Option<T>> {
+        self.text(name)?.map(|value| number(name, &value, bounds)).transpose()
     }
 
     /// Takes a time.
     ///
     /// # Errors
     /// 400 if it is given twice, or is not in the format of RFC 3339.
-    pub fn time(&mut self, name: &'static str) -> Result<Option<OffsetDateTime>, Problem> {
-        self.take(name, "a time of RFC 3339 such as 2026-01-31T12:00:00Z", |value| {
-            // A plus sign in a query is a space, and people forget to write %2B.
-            OffsetDateTime::parse(&value.replace(' ', "+"), &Rfc3339).ok()
-        })
-    }
-
-    fn take<T>(
-        &mut self,
-        name: &'static str,
-        kind: &str,
-        parse: impl FnOnce(&str) -> Option<T>,
-    ) -> Result<Option<T>, Problem> {
-        let Some(value) = self.text(name)? else {
-            return Ok(None);
-        };
-        match parse(&value) {
-            Some(value) => Ok(Some(value)),
-            None => Err(Problem::bad_request(format!("{name} is {kind}, not {value:?}"))),
+    pub fn time(&mut self, name: &'static str) -> Result<Option<OffsetDateTime>> {
+        let Some(value) = self.text(name)? else { return Ok(None) };
+        // A plus sign in a query is a space, and people forget to write %2B.
+        match OffsetDateTime::parse(&value.replace(' ', "+"), &Rfc3339) {
+            Ok(time) => Ok(Some(time)),
+            Err(_) => Err(Problem::bad_request(format!(
+                "{name} is a time of RFC 3339 such as 2026-01-31T12:00:00Z, not {value:?}"
+            ))),
         }
     }
 
@@ -82,16 +67,29 @@ impl Query {
     ///
     /// # Errors
     /// 400 if a parameter is left that is not known.
-    pub fn end(self) -> Result<(), Problem> {
-        let Some((name, _)) = self.given.first() else {
-            return Ok(());
-        };
+    pub fn end(&self) -> Result<()> {
+        let Some((name, _)) = self.given.first() else { return Ok(()) };
         let there = match &*self.known {
             [] => "this takes none".to_owned(),
             known => format!("there is {}", known.join(", ")),
         };
         Err(Problem::bad_request(format!("there is no parameter {name:?}: {there}")))
     }
+}
+
+/// Reads a number that a client has sent as `name`.
+///
+/// # Errors
+/// 400 if it is not a number within the bounds.
+pub fn number<T: FromStr + PartialOrd + Display>(
+    name: &str,
+    value: &str,
+    bounds: RangeInclusive<T>,
+) -> Result<T> {
+    digits(value).filter(|number| bounds.contains(number)).ok_or_else(|| {
+        let (first, last) = bounds.into_inner();
+        Problem::bad_request(format!("{name} is a number from {first} to {last}, not {value:?}"))
+    })
 }
 
 /// A number that is written in digits alone, without a sign.

@@ -1,6 +1,7 @@
 //! Follows the stream, without a consumer: a live message is only a nudge to look, and what is
 //! new is read from the stream, in order (docs/adr/0003-the-gateway-reads-ahead.md).
 
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use futures::{FutureExt, StreamExt};
 use runtime::history::{self, MAX_BATCH};
 use runtime::jetstream;
 use time::OffsetDateTime;
-use tokio::time::{interval, sleep};
+use tokio::time::{Instant, interval, sleep};
 use tracing::{info, warn};
 
 use crate::record::valid;
@@ -30,14 +31,8 @@ const LEADER_PATIENCE: Duration = Duration::from_millis(250);
 const FIRST_PATIENCE: Duration = Duration::from_secs(2);
 /// The pause after something went wrong.
 const AFTER_FAILURE: Duration = Duration::from_millis(250);
-/// A nudge may be quicker than the replica that is asked: it is asked again after these.
-const AGAIN: [Duration; 5] = [
-    Duration::from_millis(1),
-    Duration::from_millis(2),
-    Duration::from_millis(4),
-    Duration::from_millis(16),
-    Duration::from_millis(64),
-];
+/// A nudge may be quicker than the replica that is asked: it is asked again after these pauses.
+const AGAIN_MS: [u64; 5] = [1, 2, 4, 16, 64];
 /// How far back the start looks for 100 valid records among invalid messages.
 const MAX_BACK: u64 = 100_000;
 
@@ -49,9 +44,7 @@ pub async fn run(client: &Client, state: &State) -> anyhow::Result<()> {
     let nudges = client.subscribe(subjects::PUBLISHED).await?;
     let mut reader = Reader { client, state, nudges, snapshot: None, fault: String::new() };
     loop {
-        let Err(error) = reader.follow().await else {
-            bail!("the connection to NATS was closed");
-        };
+        let Err(error) = reader.follow().await else { bail!("the connection to NATS was closed") };
         let error = format!("{error:#}");
         if error != reader.fault {
             warn!("cannot read the history, trying again: {error}");
@@ -87,7 +80,7 @@ impl Reader<'_> {
                     }
                     // One look serves all that have come by now.
                     while let Some(Some(_)) = self.nudges.next().now_or_never() {}
-                    self.look(&AGAIN).await?;
+                    self.look(&AGAIN_MS).await?;
                 }
                 _ = look.tick() => self.look(&[]).await?,
             }
@@ -97,14 +90,16 @@ impl Reader<'_> {
     /// Makes sure that the stream is the one that was read, and starts over if not. Only its leader
     /// can tell. A stream that has no leader for a while can be read all the same.
     async fn identify(&mut self) -> anyhow::Result<()> {
-        if let Some(snapshot) = &self.snapshot {
-            match jetstream::info(self.client, NUMBERS, LEADER_PATIENCE).await {
-                Ok(now) if !is_same(snapshot, &now) => {
-                    warn!("the stream is not the one that was read: starting over");
-                    self.snapshot = None;
-                }
-                _ => return Ok(()),
+        if let Some(read) = &self.snapshot {
+            let info = jetstream::info(self.client, NUMBERS, LEADER_PATIENCE).await;
+            // Made anew, or put back to an earlier state.
+            let is_other =
+                |now: Info| now.created != read.created || now.state.last_sequence < read.last_seq;
+            if !info.is_ok_and(is_other) {
+                return Ok(());
             }
+            warn!("the stream is not the one that was read: starting over");
+            self.snapshot = None;
         }
         let info = jetstream::info(self.client, NUMBERS, FIRST_PATIENCE).await?;
         let snapshot = self.start(info.created).await?;
@@ -131,19 +126,18 @@ impl Reader<'_> {
     }
 
     /// Reads what is new. A replica that is behind is asked again after these pauses.
-    async fn look(&mut self, pauses: &[Duration]) -> anyhow::Result<()> {
+    async fn look(&mut self, pauses_ms: &[u64]) -> anyhow::Result<()> {
         let mut found = self.read_on().await?;
-        for pause in pauses {
+        for ms in pauses_ms {
             if found {
                 break;
             }
-            sleep(*pause).await;
+            sleep(Duration::from_millis(*ms)).await;
             found = self.read_on().await?;
         }
-        self.state.confirm();
-        if !self.fault.is_empty() {
+        self.state.confirmed.send_replace(Instant::now());
+        if !mem::take(&mut self.fault).is_empty() {
             info!("the history is read again");
-            self.fault.clear();
         }
         Ok(())
     }
@@ -151,15 +145,11 @@ impl Reader<'_> {
     /// Publishes what has come since. Whether there was anything.
     async fn read_on(&mut self) -> anyhow::Result<bool> {
         let mut found = false;
-        while let Some(snapshot) = &self.snapshot {
-            let Some(more) = self.read_after(snapshot).await? else { break };
-            found = true;
-            // A shorter batch was the last one.
-            let is_last = more.last_seq - snapshot.last_seq < MAX_BATCH as u64;
+        while let Some(snapshot) = &self.snapshot
+            && let Some(more) = self.read_after(snapshot).await?
+        {
             self.publish(more);
-            if is_last {
-                break;
-            }
+            found = true;
         }
         Ok(found)
     }
@@ -173,13 +163,7 @@ impl Reader<'_> {
 
     fn publish(&mut self, snapshot: Snapshot) {
         let snapshot = Arc::new(snapshot);
-        self.state.replace(snapshot.clone());
+        self.state.latest.send_replace(Some(snapshot.clone()));
         self.snapshot = Some(snapshot);
     }
-}
-
-/// Whether the stream that was read is the one that there is: it was neither made anew nor put back
-/// to an earlier state.
-fn is_same(snapshot: &Snapshot, now: &Info) -> bool {
-    snapshot.created == now.created && snapshot.last_seq <= now.state.last_sequence
 }

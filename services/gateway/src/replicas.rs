@@ -27,15 +27,22 @@ const MAX_REPLICAS: usize = 1000;
 /// An answer that is longer is not read.
 const MAX_ANSWER: usize = 4096;
 
-/// An answer to `$SRV.STATS`.
-#[derive(Deserialize)]
-struct Stats {
+/// A replica: its answer to `$SRV.STATS`, and what clients see of it.
+#[derive(Deserialize, Serialize)]
+struct Replica {
+    #[serde(rename(serialize = "service"))]
     name: String,
     id: String,
     version: String,
     started: String,
-    #[serde(default)]
+    #[serde(skip_deserializing)]
+    requests: u64,
+    #[serde(skip_deserializing)]
+    errors: u64,
+    #[serde(default, skip_serializing)]
     endpoints: Vec<Endpoint>,
+    #[serde(skip, default = "Instant::now")]
+    heard: Instant,
 }
 
 #[derive(Deserialize)]
@@ -44,19 +51,6 @@ struct Endpoint {
     num_requests: u64,
     #[serde(default)]
     num_errors: u64,
-}
-
-/// A replica, as clients see it.
-#[derive(Serialize)]
-struct Replica {
-    service: String,
-    id: String,
-    version: String,
-    started: String,
-    requests: u64,
-    errors: u64,
-    #[serde(skip)]
-    heard: Instant,
 }
 
 /// The response body, and when it was made; `None` until the first replica was heard.
@@ -110,26 +104,19 @@ struct Known {
 
 impl Known {
     fn hear(&mut self, payload: &[u8]) {
-        // Anybody may send something else.
-        let (true, Ok(stats)) =
-            (payload.len() <= MAX_ANSWER, serde_json::from_slice::<Stats>(payload))
-        else {
-            return;
-        };
-        let key = (stats.name.clone(), stats.id.clone());
-        if self.replicas.len() >= MAX_REPLICAS && !self.replicas.contains_key(&key) {
+        if payload.len() > MAX_ANSWER {
             return;
         }
-        let replica = Replica {
-            service: stats.name,
-            id: stats.id,
-            version: stats.version,
-            started: stats.started,
-            requests: stats.endpoints.iter().map(|e| e.num_requests).sum(),
-            errors: stats.endpoints.iter().map(|e| e.num_errors).sum(),
-            heard: Instant::now(),
-        };
-        self.replicas.insert(key, replica);
+        // Anybody may send something else.
+        let Ok(mut replica) = serde_json::from_slice::<Replica>(payload) else { return };
+        for endpoint in &replica.endpoints {
+            replica.requests = replica.requests.saturating_add(endpoint.num_requests);
+            replica.errors = replica.errors.saturating_add(endpoint.num_errors);
+        }
+        let key = (replica.name.clone(), replica.id.clone());
+        if self.replicas.len() < MAX_REPLICAS || self.replicas.contains_key(&key) {
+            self.replicas.insert(key, replica);
+        }
     }
 
     /// The list of those that are alive. Until the first answers had time to come there is none.

@@ -18,13 +18,13 @@ use warp::{Filter, Reply};
 use crate::encoding::prefers;
 use crate::format::Format;
 use crate::gateway::Gateway;
-use crate::live::{Feed, Wish};
-use crate::problem::Problem;
-use crate::query::{Query, digits};
-use crate::snapshot::{LAST, stream_id};
+use crate::live::Feed;
+use crate::problem::{Problem, Result};
+use crate::query::{self, Query, digits};
+use crate::snapshot::LAST;
 use crate::state::STALE;
 
-type Answer = Result<Response, Problem>;
+type Answer = Result<Response>;
 
 const CSS: &str = "text/css; charset=utf-8";
 const CSV: &str = "text/csv; charset=utf-8";
@@ -51,18 +51,10 @@ const HEADERS: [(HeaderName, &str); 5] = [
 const PAGE_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
     connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// What is looked at of a request.
+/// What handlers look at of a request.
 struct Ask {
-    method: Method,
-    path: FullPath,
-    query: String,
+    query: Query,
     headers: HeaderMap,
-}
-
-impl Ask {
-    fn query(&self) -> Query {
-        Query::parse(&self.query)
-    }
 }
 
 /// All routes, as one filter that rejects nothing.
@@ -72,24 +64,25 @@ pub fn all(gateway: Arc<Gateway>) -> BoxedFilter<(Response,)> {
         .and(warp::path::full())
         .and(query)
         .and(warp::header::headers_cloned())
-        .then(move |method, path, query, headers| {
-            let ask = Ask { method, path, query, headers };
+        .then(move |method, path, query: String, headers| {
+            let ask = Ask { query: Query::parse(&query), headers };
             let gateway = gateway.clone();
-            async move { respond(&gateway, &ask).await }
+            async move { respond(&gateway, method, path, ask).await }
         })
         .boxed()
 }
 
 /// Answers within the time for it, and does what every answer needs.
-async fn respond(gateway: &Arc<Gateway>, ask: &Ask) -> Response {
+async fn respond(gateway: &Arc<Gateway>, method: Method, path: FullPath, mut ask: Ask) -> Response {
     let begun = Instant::now();
-    let answer = timeout(gateway.request_timeout, dispatch(gateway, ask)).await;
+    let answer = dispatch(gateway, &method, path.as_str(), &mut ask);
+    let answer = timeout(gateway.options.request_ms, answer).await;
     let answer = answer.unwrap_or_else(|_| Err(Problem::unavailable("this took too long")));
     let mut response = answer.unwrap_or_else(Response::from);
     let (status, took) = (response.status(), begun.elapsed());
     gateway.counters.count(took, status.is_server_error());
     // Never the query: it may hold a token.
-    debug!(method = %ask.method, path = ask.path.as_str(), status = status.as_u16(), ?took, "request");
+    debug!(%method, path = path.as_str(), status = status.as_u16(), ?took, "request");
     for (name, value) in HEADERS {
         response.headers_mut().entry(name).or_insert(HeaderValue::from_static(value));
     }
@@ -98,13 +91,13 @@ async fn respond(gateway: &Arc<Gateway>, ask: &Ask) -> Response {
 
 /// What needs no token: it tells nothing of the numbers, and a browser has no token yet when it
 /// opens the page.
-async fn dispatch(gateway: &Arc<Gateway>, ask: &Ask) -> Answer {
-    match ask.method {
+async fn dispatch(gateway: &Arc<Gateway>, method: &Method, path: &str, ask: &mut Ask) -> Answer {
+    match *method {
         Method::GET | Method::HEAD => {}
         Method::OPTIONS => return options(),
         _ => return Err(Problem::method_not_allowed()),
     }
-    match ask.path.as_str() {
+    match path {
         "/" => page(ask, include_str!("../page/index.html"), HTML),
         "/page.css" => page(ask, include_str!("../page/page.css"), CSS),
         "/page.js" => page(ask, include_str!("../page/page.js"), JS),
@@ -116,18 +109,18 @@ async fn dispatch(gateway: &Arc<Gateway>, ask: &Ask) -> Answer {
         "/readyz" => readyz(gateway, ask),
         // It checks the token itself, which may be in the query.
         "/numbers/live" => live(gateway, ask),
-        path => guarded(gateway, ask, path).await,
+        _ => guarded(gateway, path, ask).await,
     }
 }
 
 /// What needs a token, if this gateway asks for tokens.
-async fn guarded(gateway: &Gateway, ask: &Ask, path: &str) -> Answer {
-    gateway.access.check(&ask.headers, None)?;
+async fn guarded(gateway: &Gateway, path: &str, ask: &mut Ask) -> Answer {
+    gateway.options.access.check(&ask.headers, None)?;
     match path {
         "/numbers" => numbers(gateway, ask).await,
         "/history" => history(gateway, ask).await,
-        "/history.ndjson" => export(gateway, ask, Format::Lines).await,
-        "/history.csv" => export(gateway, ask, Format::Csv).await,
+        "/history.ndjson" => export(gateway, ask, Format::Lines, "numbers.ndjson").await,
+        "/history.csv" => export(gateway, ask, Format::Csv, "numbers.csv").await,
         "/replicas" => replicas(gateway, ask),
         _ => match path.strip_prefix("/numbers/") {
             Some(seq) => number(gateway, ask, seq).await,
@@ -136,13 +129,12 @@ async fn guarded(gateway: &Gateway, ask: &Ask, path: &str) -> Answer {
     }
 }
 
-async fn numbers(gateway: &Gateway, ask: &Ask) -> Answer {
-    let mut query = ask.query();
-    let limit = query.number("limit", 1..=LAST)?.unwrap_or(LAST);
-    query.end()?;
+async fn numbers(gateway: &Gateway, ask: &mut Ask) -> Answer {
+    let limit = ask.query.number("limit", 1..=LAST)?.unwrap_or(LAST);
+    ask.query.end()?;
     let mut snapshot = gateway.state.snapshot()?;
     let seen = seen_tags(&ask.headers);
-    let stream = format!("{}-", stream_id(snapshot.created));
+    let stream = format!("{}-", snapshot.stream);
     let sequences = seen.iter().filter_map(|tag| digits(tag.strip_prefix(&stream)?));
     if let Some(seq) = sequences.max() {
         snapshot = gateway.state.snapshot_with(seq).await?;
@@ -152,8 +144,8 @@ async fn numbers(gateway: &Gateway, ask: &Ask) -> Answer {
         // Without a tag: a cache must not take one form for the other.
         return answer(head, TEXT, snapshot.text(limit));
     }
-    let mut head = head.header(header::ETAG, format!("W/\"{}\"", snapshot.tag));
-    if seen.iter().any(|tag| *tag == "*" || *tag == snapshot.tag) {
+    let mut head = head.header(header::ETAG, format!("W/\"{}\"", snapshot.tag()));
+    if seen.iter().any(|tag| *tag == "*" || *tag == snapshot.tag()) {
         return Ok(head.status(StatusCode::NOT_MODIFIED).body("").into_response());
     }
     let (body, coding) = snapshot.json(limit, &ask.headers);
@@ -171,11 +163,9 @@ fn seen_tags(headers: &HeaderMap) -> Vec<&str> {
     tags.map(|tag| tag.trim().trim_start_matches("W/").trim_matches('"')).collect()
 }
 
-async fn number(gateway: &Gateway, ask: &Ask, seq: &str) -> Answer {
-    ask.query().end()?;
-    let seq = digits(seq).filter(|seq| *seq > 0).ok_or_else(|| {
-        Problem::bad_request(format!("a sequence is a number from 1 to {}, not {seq:?}", u64::MAX))
-    })?;
+async fn number(gateway: &Gateway, ask: &mut Ask, seq: &str) -> Answer {
+    ask.query.end()?;
+    let seq = query::number("a sequence", seq, 1..=u64::MAX)?;
     let snapshot = gateway.state.snapshot_near(seq).await?;
     let (last_seq, age) = (snapshot.last_seq, gateway.state.age());
     if seq > last_seq && age >= STALE {
@@ -193,7 +183,7 @@ async fn number(gateway: &Gateway, ask: &Ask, seq: &str) -> Answer {
 }
 
 /// `after` or `from` of a query; by default the beginning.
-fn start(query: &mut Query) -> Result<Start, Problem> {
+fn start(query: &mut Query) -> Result<Start> {
     match (query.number("after", 0..=u64::MAX)?, query.time("from")?) {
         (Some(_), Some(_)) => Err(Problem::bad_request("give either after or from, not both")),
         (None, Some(time)) => Ok(Start::Time(time)),
@@ -201,11 +191,10 @@ fn start(query: &mut Query) -> Result<Start, Problem> {
     }
 }
 
-async fn history(gateway: &Gateway, ask: &Ask) -> Answer {
-    let mut query = ask.query();
-    let start = start(&mut query)?;
-    let limit = query.number("limit", 1..=MAX_BATCH)?.unwrap_or(PAGE);
-    query.end()?;
+async fn history(gateway: &Gateway, ask: &mut Ask) -> Answer {
+    let start = start(&mut ask.query)?;
+    let limit = ask.query.number("limit", 1..=MAX_BATCH)?.unwrap_or(PAGE);
+    ask.query.end()?;
     let snapshot = match start {
         Start::Sequence(seq) => gateway.state.snapshot_near(seq - 1).await?,
         Start::Time(_) => gateway.state.snapshot()?,
@@ -219,80 +208,66 @@ async fn history(gateway: &Gateway, ask: &Ask) -> Answer {
     answer(head, JSON, json(&page))
 }
 
-async fn export(gateway: &Gateway, ask: &Ask, format: Format) -> Answer {
-    let mut query = ask.query();
-    let start = start(&mut query)?;
-    let until = query.time("until")?;
-    query.end()?;
+async fn export(gateway: &Gateway, ask: &mut Ask, format: Format, file: &str) -> Answer {
+    let start = start(&mut ask.query)?;
+    let until = ask.query.time("until")?;
+    ask.query.end()?;
     let snapshot = gateway.state.snapshot()?;
-    let (content_type, disposition) = match format {
-        Format::Csv => (CSV, "attachment; filename=\"numbers.csv\""),
-        _ => (LINES, "attachment; filename=\"numbers.ndjson\""),
-    };
-    let body = match ask.method {
-        // Nothing is read for a body that is not sent.
-        Method::HEAD => Default::default(),
-        _ => {
-            let history = gateway.history.export(&snapshot, start, until, format).await?;
-            warp::reply::stream(history).into_response().into_body()
-        }
-    };
+    let content_type = if format == Format::Csv { CSV } else { LINES };
+    let disposition = format!("attachment; filename=\"{file}\"");
+    let history = gateway.history.export(&snapshot, start, until, format).await?;
     let head = no_store().header(header::CONTENT_DISPOSITION, disposition);
-    answer(head, content_type, body)
+    answer(head, content_type, warp::reply::stream(history).into_response().into_body())
 }
 
-fn live(gateway: &Arc<Gateway>, ask: &Ask) -> Answer {
-    let mut query = ask.query();
-    let token = query.text("access_token")?;
-    let expires = gateway.access.check(&ask.headers, token.as_deref())?;
-    let after = query.number("after", 0..=u64::MAX)?;
-    let stream = query.text("stream")?;
-    query.end()?;
+fn live(gateway: &Arc<Gateway>, ask: &mut Ask) -> Answer {
+    let token = ask.query.text("access_token")?;
+    let expires = gateway.options.access.check(&ask.headers, token.as_deref())?;
+    let after = ask.query.number("after", 0..=u64::MAX)?;
+    let stream = ask.query.text("stream")?;
+    ask.query.end()?;
     // A browser that comes back asks for the same address, and says here how far it got.
-    let last_event = match ask.headers.get("last-event-id") {
-        Some(id) if !id.is_empty() => {
-            let id = id.to_str().ok().and_then(digits);
-            let wrong = || Problem::bad_request("Last-Event-ID is a sequence: a number from 0");
-            Some(id.ok_or_else(wrong)?)
-        }
-        _ => None,
+    let after = match ask.headers.get("last-event-id").map(HeaderValue::to_str) {
+        None | Some(Ok("")) => after,
+        Some(id) => Some(query::number("Last-Event-ID", id.unwrap_or("?"), 0..=u64::MAX)?),
     };
     let (format, content_type) = match prefers(&ask.headers, LINES, EVENTS) {
         true => (Format::Lines, LINES),
         false => (Format::Events, EVENTS),
     };
     let snapshot = gateway.state.snapshot()?;
-    let permit = gateway.event_streams.clone().try_acquire_owned().map_err(|_| {
-        Problem::unavailable("as many event streams are open as this gateway allows")
-    })?;
-    let body = match ask.method {
-        Method::HEAD => Default::default(),
-        _ => {
-            let wish = Wish { after: last_event.or(after), stream, format, expires };
-            let feed = Feed::new(gateway.clone(), &snapshot, wish, permit);
-            warp::reply::stream(feed.stream()).into_response().into_body()
-        }
+    let full = "as many event streams are open as this gateway allows";
+    let permit = gateway.event_streams.clone().try_acquire_owned();
+    let permit = permit.map_err(|_| Problem::unavailable(full))?;
+    let feed = Feed {
+        gateway: gateway.clone(),
+        snapshots: gateway.state.latest.subscribe(),
+        format,
+        expires,
+        stream: stream.unwrap_or_else(|| snapshot.stream.clone()),
+        position: after.unwrap_or(snapshot.last_seq),
+        _permit: permit,
     };
     // A proxy that buffers makes a live feed a late one.
     let head = no_store().header(header::VARY, "Accept").header("x-accel-buffering", "no");
-    answer(head, content_type, body)
+    answer(head, content_type, warp::reply::stream(feed.body()).into_response().into_body())
 }
 
-fn replicas(gateway: &Gateway, ask: &Ask) -> Answer {
-    ask.query().end()?;
+fn replicas(gateway: &Gateway, ask: &mut Ask) -> Answer {
+    ask.query.end()?;
     match &*gateway.replicas.borrow() {
         Some((body, made)) => answer(fresh(made.elapsed()), JSON, body.clone()),
         None => Err(Problem::unavailable("the replicas were not heard yet")),
     }
 }
 
-fn healthz(ask: &Ask) -> Answer {
-    ask.query().end()?;
+fn healthz(ask: &mut Ask) -> Answer {
+    ask.query.end()?;
     answer(fresh(Duration::ZERO), JSON, "{\"status\":\"ok\"}\n")
 }
 
-fn readyz(gateway: &Gateway, ask: &Ask) -> Answer {
-    ask.query().end()?;
+fn readyz(gateway: &Gateway, ask: &mut Ask) -> Answer {
+    ask.query.end()?;
     if gateway.leaving.is_cancelled() {
         // To HAProxy this means: no further clients, and the present ones may finish
         // (disable-on-404). To anybody else it is as good as 503.
@@ -311,17 +286,18 @@ fn readyz(gateway: &Gateway, ask: &Ask) -> Answer {
 
 /// What scripts of other origins may do, and for how long a browser may remember it.
 fn options() -> Answer {
+    let headers = "Authorization, If-None-Match, Last-Event-ID";
     let head = Builder::new()
         .status(StatusCode::NO_CONTENT)
         .header(header::ALLOW, "GET, HEAD, OPTIONS")
         .header(header::ACCESS_CONTROL_ALLOW_METHODS, "GET, HEAD")
-        .header(header::ACCESS_CONTROL_ALLOW_HEADERS, "Authorization, If-None-Match, Last-Event-ID")
+        .header(header::ACCESS_CONTROL_ALLOW_HEADERS, headers)
         .header(header::ACCESS_CONTROL_MAX_AGE, "86400");
     Ok(head.body("").into_response())
 }
 
-fn page(ask: &Ask, content: &'static str, content_type: &'static str) -> Answer {
-    ask.query().end()?;
+fn page(ask: &mut Ask, content: &'static str, content_type: &'static str) -> Answer {
+    ask.query.end()?;
     let head = fresh(Duration::ZERO).header(header::CONTENT_SECURITY_POLICY, PAGE_POLICY);
     answer(head, content_type, content)
 }

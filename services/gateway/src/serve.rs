@@ -14,13 +14,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::SockRef;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
-use warp::filters::BoxedFilter;
-use warp::reply::Response;
 
-use crate::limits::Limits;
+use crate::gateway::Gateway;
 use crate::problem::Problem;
+use crate::routes;
 
 /// The most that the kernel holds for a client that does not read (it doubles the number).
 const SEND_BUFFER: usize = 64 * 1024;
@@ -53,23 +51,18 @@ fn bound_sending(listener: &TcpListener, stall: Duration) {
     }
 }
 
-/// Serves until `shutdown`, then lets open requests finish within `drain`.
-pub async fn serve(
-    listener: TcpListener,
-    routes: BoxedFilter<(Response,)>,
-    limits: Limits,
-    drain: Duration,
-    shutdown: CancellationToken,
-) {
-    let permits = Arc::new(Semaphore::new(limits.max_connections as usize));
+/// Serves until the gateway's shutdown, then lets open requests finish within `drain`.
+pub async fn serve(listener: TcpListener, gateway: Arc<Gateway>, drain: Duration) {
+    let Gateway { options, shutdown, .. } = &*gateway;
+    let permits = Arc::new(Semaphore::new(options.max_connections as usize));
     let open = GracefulShutdown::new();
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_ms)
-        .max_buf_size(limits.header_bytes as usize);
-    bound_sending(&listener, limits.request_ms);
-    let filters = TowerToHyperService::new(warp::service(routes));
+        .header_read_timeout(options.header_ms)
+        .max_buf_size(options.header_bytes as usize);
+    bound_sending(&listener, options.request_ms);
+    let filters = TowerToHyperService::new(warp::service(routes::all(gateway.clone())));
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let filters = filters.clone();
         async move {
@@ -86,10 +79,7 @@ pub async fn serve(
             let permit = permits.clone().acquire_owned().await.ok();
             (listener.accept().await, permit)
         };
-        let (accepted, permit) = tokio::select! {
-            accepted = accept => accepted,
-            () = shutdown.cancelled() => break,
-        };
+        let Some((accepted, permit)) = shutdown.run_until_cancelled(accept).await else { break };
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {

@@ -20,10 +20,10 @@ pub const LAST: usize = 100;
 pub struct Snapshot {
     /// When the stream was made, which tells it from another one of the same name.
     pub created: OffsetDateTime,
+    /// The same for clients: in nanoseconds since 1970, hexadecimal.
+    pub stream: String,
     /// The last sequence that was read.
     pub last_seq: u64,
-    /// The opaque part of the `ETag`: the stream's identity and `last_seq`.
-    pub tag: String,
     /// The snapshot holds every record after this sequence.
     after: u64,
     /// Oldest first.
@@ -44,25 +44,21 @@ impl Snapshot {
     /// The snapshot after more messages: the records that they hold, in order, and the sequence of
     /// the last message.
     pub fn with(&self, more: impl IntoIterator<Item = Record>, last_seq: u64) -> Self {
-        let mut records = self.records.clone();
+        let (mut after, mut records) = (self.after, self.records.clone());
         records.extend(more);
-        Self::new(self.created, self.after, records, last_seq)
-    }
-
-    fn new(
-        created: OffsetDateTime,
-        mut after: u64,
-        mut records: VecDeque<Record>,
-        last_seq: u64,
-    ) -> Self {
         while records.len() > LAST {
             after = records.pop_front().map_or(after, |record| record.seq);
         }
+        Self::new(self.created, after, records, last_seq)
+    }
+
+    fn new(created: OffsetDateTime, after: u64, records: VecDeque<Record>, last_seq: u64) -> Self {
+        let stream = format!("{:x}", created.unix_timestamp_nanos());
         let newest_first = Rendered::new(records.iter().rev(), Format::Json);
         Self {
             created,
             last_seq,
-            tag: format!("{}-{last_seq}", stream_id(created)),
+            stream,
             after,
             full_json: Encoded::new(newest_first.json(last_seq, LAST)),
             newest_first,
@@ -71,6 +67,11 @@ impl Snapshot {
             lines: Rendered::new(&records, Format::Lines),
             records,
         }
+    }
+
+    /// What tells this snapshot from every other one, of whatever stream.
+    pub fn tag(&self) -> String {
+        format!("{}-{}", self.stream, self.last_seq)
     }
 
     /// How many records it holds.
@@ -95,32 +96,23 @@ impl Snapshot {
     /// Every record from `start` on, oldest first; `None` if the stream may have more of them than
     /// the snapshot.
     pub fn held(&self, start: Start) -> Option<impl Iterator<Item = &Record>> {
-        let (held, from) = match start {
-            Start::Sequence(seq) => {
-                (seq > self.after, self.records.partition_point(|record| record.seq < seq))
-            }
-            Start::Time(time) => (
-                self.after == 0 || self.records.front().is_some_and(|record| record.time < time),
-                self.records.partition_point(|record| record.time < time),
-            ),
+        let is_before = |record: &Record| match start {
+            Start::Sequence(seq) => record.seq < seq,
+            Start::Time(time) => record.time < time,
         };
-        held.then(|| self.records.iter().skip(from))
+        let held = match start {
+            Start::Sequence(seq) => seq > self.after,
+            Start::Time(_) => self.after == 0 || self.records.front().is_some_and(is_before),
+        };
+        held.then(|| self.records.range(self.records.partition_point(is_before)..))
     }
 
     /// Every record after a sequence, as events or else as lines; `None` as above.
     pub fn feed_after(&self, seq: u64, format: Format) -> Option<Bytes> {
-        let rendered = match format {
-            Format::Events => &self.events,
-            _ => &self.lines,
-        };
+        let rendered = if format == Format::Events { &self.events } else { &self.lines };
         let position = self.records.partition_point(|record| record.seq <= seq);
         (seq >= self.after).then(|| rendered.from(position))
     }
-}
-
-/// What tells a stream from an earlier one of the same name: when it was made, in nanoseconds.
-pub fn stream_id(created: OffsetDateTime) -> String {
-    format!("{:x}", created.unix_timestamp_nanos())
 }
 
 /// Records written one after the other.
@@ -257,7 +249,7 @@ mod tests {
     fn the_tag_tells_streams_and_sequences_apart() {
         let tag = |created, seq| {
             let created = OffsetDateTime::from_unix_timestamp(created).unwrap();
-            Snapshot::empty(created, seq).tag
+            Snapshot::empty(created, seq).tag()
         };
         assert_eq!(tag(1, 5), tag(1, 5));
         assert_ne!(tag(1, 5), tag(1, 6));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use crate::problem::Problem;
+use crate::problem::{Problem, Result};
 use crate::snapshot::Snapshot;
 
 /// The snapshot is stale when the stream has not confirmed it for this long. The reader looks
@@ -18,28 +18,29 @@ pub const CATCH_UP: Duration = Duration::from_secs(1);
 const AHEAD: u64 = 16;
 
 /// The latest snapshot; `None` until the stream was read for the first time.
-type Latest = Option<Arc<Snapshot>>;
+pub type Latest = Option<Arc<Snapshot>>;
 
 /// What the reader knows.
 pub struct State {
-    snapshot: watch::Sender<Latest>,
+    /// Tells of every new snapshot.
+    pub latest: watch::Sender<Latest>,
     /// When the stream last had nothing newer than the snapshot; at first, when the process began.
-    confirmed: watch::Sender<Instant>,
+    pub confirmed: watch::Sender<Instant>,
 }
 
 impl State {
     /// Nothing is known yet.
     pub fn new() -> Self {
-        Self { snapshot: watch::Sender::new(None), confirmed: watch::Sender::new(Instant::now()) }
+        Self { latest: watch::Sender::new(None), confirmed: watch::Sender::new(Instant::now()) }
     }
 
     /// The latest snapshot.
     ///
     /// # Errors
     /// 503 until the stream was read for the first time.
-    pub fn snapshot(&self) -> Result<Arc<Snapshot>, Problem> {
-        let snapshot = self.snapshot.borrow().clone();
-        snapshot.ok_or_else(|| Problem::unavailable("the history was not read yet; see /readyz"))
+    pub fn snapshot(&self) -> Result<Arc<Snapshot>> {
+        let latest = self.latest.borrow().clone();
+        latest.ok_or_else(|| Problem::unavailable("the history was not read yet; see /readyz"))
     }
 
     /// The latest snapshot, after up to a second for this replica to catch up with a client that
@@ -47,9 +48,9 @@ impl State {
     ///
     /// # Errors
     /// As [`snapshot`](Self::snapshot).
-    pub async fn snapshot_with(&self, seq: u64) -> Result<Arc<Snapshot>, Problem> {
-        let mut snapshots = self.subscribe();
-        let caught_up = snapshots.wait_for(|s| s.as_ref().is_none_or(|s| s.last_seq >= seq));
+    pub async fn snapshot_with(&self, seq: u64) -> Result<Arc<Snapshot>> {
+        let mut latest = self.latest.subscribe();
+        let caught_up = latest.wait_for(|s| s.as_ref().is_none_or(|s| s.last_seq >= seq));
         let _ = timeout(CATCH_UP, caught_up).await;
         self.snapshot()
     }
@@ -59,7 +60,7 @@ impl State {
     ///
     /// # Errors
     /// As [`snapshot`](Self::snapshot).
-    pub async fn snapshot_near(&self, seq: u64) -> Result<Arc<Snapshot>, Problem> {
+    pub async fn snapshot_near(&self, seq: u64) -> Result<Arc<Snapshot>> {
         let snapshot = self.snapshot()?;
         if seq.saturating_sub(snapshot.last_seq) <= AHEAD {
             return self.snapshot_with(seq).await;
@@ -67,28 +68,8 @@ impl State {
         Ok(snapshot)
     }
 
-    /// Tells of every new snapshot.
-    pub fn subscribe(&self) -> watch::Receiver<Latest> {
-        self.snapshot.subscribe()
-    }
-
-    /// Tells when the stream had nothing newer than the snapshot.
-    pub fn confirmations(&self) -> watch::Receiver<Instant> {
-        self.confirmed.subscribe()
-    }
-
     /// How long ago the snapshot was known to be as new as the stream.
     pub fn age(&self) -> Duration {
         self.confirmed.borrow().elapsed()
-    }
-
-    /// Makes this the latest snapshot.
-    pub fn replace(&self, snapshot: Arc<Snapshot>) {
-        self.snapshot.send_replace(Some(snapshot));
-    }
-
-    /// Notes that the stream has nothing newer than the snapshot.
-    pub fn confirm(&self) {
-        self.confirmed.send_replace(Instant::now());
     }
 }
