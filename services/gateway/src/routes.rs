@@ -280,7 +280,7 @@ fn readyz(gateway: &Gateway, ask: &mut Ask) -> Answer {
     if gateway.state.age() >= STALE {
         return Err(Problem::unavailable("the history does not answer"));
     }
-    let body = format!("{{\"status\":\"ready\",\"last_seq\":{last_seq}}}\n");
+    let body = format!("{{\"last_seq\":{last_seq},\"status\":\"ready\"}}\n");
     answer(fresh(Duration::ZERO), JSON, body)
 }
 
