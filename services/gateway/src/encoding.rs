@@ -7,10 +7,7 @@ use flate2::Compression;
 use flate2::read::GzEncoder;
 use warp::http::{HeaderMap, HeaderName, header};
 
-/// The content coding (RFC 1952) that every client knows.
-const GZIP: &str = "gzip";
-
-/// One body, as it is and compressed.
+/// One body, as it is and compressed with gzip, the content coding that every client knows.
 #[derive(Clone, Debug)]
 pub struct Encoded {
     identity: Bytes,
@@ -29,9 +26,9 @@ impl Encoded {
     /// The body as a client prefers it, and the name of its coding, if it has one.
     pub fn accepted(&self, headers: &HeaderMap) -> (Bytes, Option<&'static str>) {
         let weight = |coding| weight(headers, &header::ACCEPT_ENCODING, &[coding, "*"]);
-        let gzip = weight(GZIP);
+        let gzip = weight("gzip");
         if gzip > 0.0 && gzip >= weight("identity") {
-            (self.gzip.clone(), Some(GZIP))
+            (self.gzip.clone(), Some("gzip"))
         } else {
             (self.identity.clone(), None)
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_nats::Client;
 use contract::subjects;
+use futures::future::join;
 use runtime::connection;
 use runtime::micro::{self, Counters, Description};
 use tokio::net::TcpListener;
@@ -52,9 +53,8 @@ pub async fn run(
     drain_ms: Duration,
     leaving: CancellationToken,
 ) -> anyhow::Result<()> {
-    let address = listener.local_addr()?;
     let micro = micro::announce(&client, ABOUT).await?;
-    let shutdown = CancellationToken::new();
+    info!(id = micro.id, "serving http://{}/", listener.local_addr()?);
     let gateway = Arc::new(Gateway {
         client: client.clone(),
         state: State::new(),
@@ -64,23 +64,21 @@ pub async fn run(
         options: options.clone(),
         counters: micro.counters.clone(),
         leaving: leaving.clone(),
-        shutdown: shutdown.clone(),
+        shutdown: CancellationToken::new(),
     });
     let linger = async {
         leaving.cancelled().await;
         tokio::time::sleep(options.linger_ms).await;
-        shutdown.cancel();
+        gateway.shutdown.cancel();
     };
     // Some time is left for what follows.
     let drain = drain_ms.mul_f64(0.8).saturating_sub(options.linger_ms);
-    let serve = serve::serve(listener, gateway.clone(), drain);
-    info!(id = micro.id, "serving http://{address}/");
     tokio::select! {
         ended = reader::run(&client, &gateway.state) => ended?,
         ended = replicas::run(&client, &gateway.replicas) => ended?,
         ended = options.access.reload_on_hangup() => match ended? {},
         ended = gateway.history.refill() => match ended {},
-        _ = futures::future::join(linger, serve) => {}
+        _ = join(linger, serve::serve(listener, gateway.clone(), drain)) => {}
     }
     connection::flush(&client).await;
     Ok(())

@@ -116,11 +116,9 @@ impl Feed {
             _ = self.snapshots.wait_for(|latest| !latest.as_ref().is_some_and(ends_before)) => {}
             _ = confirmed.wait_for(|at| *at > deadline) => {}
         }
-        let latest = self.snapshots.borrow().clone();
-        match latest.filter(ends_before) {
-            Some(snapshot) => self.reset(&snapshot, "nothing was published there yet"),
-            None => Bytes::new(),
-        }
+        let beyond = self.snapshots.borrow().clone().filter(ends_before);
+        let reset = beyond.map(|end| self.reset(&end, "nothing was published there yet"));
+        reset.unwrap_or_default()
     }
 
     /// The next part of the history; empty after a read that failed, or that found no record.

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use async_nats::jetstream::stream::Info;
 use async_nats::{Client, Subscriber};
 use contract::streams::NUMBERS;
 use contract::subjects;
@@ -29,8 +28,6 @@ const IDENTITY: Duration = Duration::from_secs(5);
 const LEADER_PATIENCE: Duration = Duration::from_millis(250);
 /// Before the first number is known there is nothing else to do.
 const FIRST_PATIENCE: Duration = Duration::from_secs(2);
-/// The pause after something went wrong.
-const AFTER_FAILURE: Duration = Duration::from_millis(250);
 /// A nudge may be quicker than the replica that is asked: it is asked again after these pauses.
 const AGAIN_MS: [u64; 5] = [1, 2, 4, 16, 64];
 /// How far back the start looks for 100 valid records among invalid messages.
@@ -50,7 +47,7 @@ pub async fn run(client: &Client, state: &State) -> anyhow::Result<()> {
             warn!("cannot read the history, trying again: {error}");
             reader.fault = error;
         }
-        sleep(AFTER_FAILURE).await;
+        sleep(LOOK / 4).await;
     }
 }
 
@@ -91,12 +88,11 @@ impl Reader<'_> {
     /// can tell. A stream that has no leader for a while can be read all the same.
     async fn identify(&mut self) -> anyhow::Result<()> {
         if let Some(read) = &self.snapshot {
-            let info = jetstream::info(self.client, NUMBERS, LEADER_PATIENCE).await;
-            // Made anew, or put back to an earlier state.
-            let is_other =
-                |now: Info| now.created != read.created || now.state.last_sequence < read.last_seq;
-            if !info.is_ok_and(is_other) {
-                return Ok(());
+            match jetstream::info(self.client, NUMBERS, LEADER_PATIENCE).await {
+                // Made anew, or put back to an earlier state.
+                Ok(now)
+                    if now.created != read.created || now.state.last_sequence < read.last_seq => {}
+                _ => return Ok(()),
             }
             warn!("the stream is not the one that was read: starting over");
             self.snapshot = None;

@@ -49,7 +49,7 @@ pub fn valid(entries: &[Entry]) -> Vec<Record> {
     }
     if let Some((seq, error)) = fault {
         let skipped = entries.len() - records.len();
-        warn!(skipped, first = seq, "skipped messages without a valid product: {error:#}");
+        warn!(messages = skipped, first = seq, "skipped: {error:#}");
     }
     records
 }

@@ -86,9 +86,8 @@ pub async fn run(client: &Client, list: &watch::Sender<List>) -> anyhow::Result<
             },
             answer = answers.next() => known.hear(&answer.context(CLOSED)?.payload),
             tick = ticks.next() => {
-                if let Ok(tick) = Draw::decode(&tick.context(CLOSED)?.payload) {
-                    known.latest_tick = Some(tick);
-                }
+                let tick = Draw::decode(&tick.context(CLOSED)?.payload).ok();
+                known.latest_tick = tick.or(known.latest_tick.take());
             }
         }
     }

@@ -231,10 +231,9 @@ fn live(gateway: &Arc<Gateway>, ask: &mut Ask) -> Answer {
         None | Some(Ok("")) => after,
         Some(id) => Some(query::number("Last-Event-ID", id.unwrap_or("?"), 0..=u64::MAX)?),
     };
-    let (format, content_type) = match prefers(&ask.headers, LINES, EVENTS) {
-        true => (Format::Lines, LINES),
-        false => (Format::Events, EVENTS),
-    };
+    let lines = prefers(&ask.headers, LINES, EVENTS);
+    let (format, content_type) =
+        if lines { (Format::Lines, LINES) } else { (Format::Events, EVENTS) };
     let snapshot = gateway.state.snapshot()?;
     let full = "as many event streams are open as this gateway allows";
     let permit = gateway.event_streams.clone().try_acquire_owned();

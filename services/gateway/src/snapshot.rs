@@ -134,13 +134,10 @@ impl Rendered {
         Self { all: all.into(), bounds }
     }
 
-    fn count(&self) -> usize {
-        self.bounds.len() - 1
-    }
-
     /// The first `limit` records, or all if there are fewer.
     fn first(&self, limit: usize) -> Bytes {
-        self.all.slice(..self.bounds[limit.min(self.count())])
+        let count = limit.min(self.bounds.len() - 1);
+        self.all.slice(..self.bounds[count])
     }
 
     /// The records from this position on.
@@ -150,13 +147,12 @@ impl Rendered {
 
     /// The response to `GET /numbers`, made of records in JSON.
     fn json(&self, last_seq: u64, limit: usize) -> Bytes {
-        let count = limit.min(self.count());
+        let count = limit.min(self.bounds.len() - 1);
         let items = self.first(count);
         // Without the comma after the last one.
         let items = items.strip_suffix(b",").unwrap_or(&items);
-        let head = format!(
-            "{{\"stream\":\"{NUMBERS}\",\"last_seq\":{last_seq},\"count\":{count},\"numbers\":["
-        );
+        let head =
+            format!(r#"{{"stream":"{NUMBERS}","last_seq":{last_seq},"count":{count},"numbers":["#);
         [head.as_bytes(), items, b"]}\n"].concat().into()
     }
 }

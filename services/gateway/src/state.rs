@@ -61,11 +61,8 @@ impl State {
     /// # Errors
     /// As [`snapshot`](Self::snapshot).
     pub async fn snapshot_near(&self, seq: u64) -> Result<Arc<Snapshot>> {
-        let snapshot = self.snapshot()?;
-        if seq.saturating_sub(snapshot.last_seq) <= AHEAD {
-            return self.snapshot_with(seq).await;
-        }
-        Ok(snapshot)
+        let ahead = seq.saturating_sub(self.snapshot()?.last_seq);
+        if ahead <= AHEAD { self.snapshot_with(seq).await } else { self.snapshot() }
     }
 
     /// How long ago the snapshot was known to be as new as the stream.
