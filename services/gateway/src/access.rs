@@ -21,9 +21,9 @@ use warp::http::{HeaderMap, header};
 
 use crate::problem::{self, Problem};
 
-/// How far the clocks of who signs and who checks may be apart.
+/// How far the clocks of the issuer and of this machine may be apart.
 const LEEWAY: Duration = Duration::from_secs(10);
-/// More is no key file.
+/// The maximum size of a key file.
 const MAX_FILE: u64 = 1024 * 1024;
 
 /// Which tokens are accepted.
@@ -58,7 +58,8 @@ struct Key {
 }
 
 impl Access {
-    /// Reads the key again at every SIGHUP, for ever. One that cannot be used changes nothing.
+    /// Reads the key file again at every SIGHUP, for ever. A key that cannot be used changes
+    /// nothing.
     ///
     /// # Errors
     /// If the signal cannot be listened to.
@@ -68,7 +69,7 @@ impl Access {
         loop {
             hangups.recv().await;
             let path = file.path.clone();
-            // On a file system that hangs, this waits and nobody else does.
+            // A file system that hangs must not block the runtime.
             match tokio::task::spawn_blocking(move || read_keys(&path)).await? {
                 Ok(keys) => {
                     file.keys.send_replace(keys);
@@ -79,12 +80,12 @@ impl Access {
         }
     }
 
-    /// Checks the token of a request, and says when it expires; `None` if none is asked for.
+    /// Checks the token of a request and returns when it expires; `None` if no token is needed.
     ///
-    /// `token` is one from the query, for a client that cannot send headers.
+    /// `token` is the one from the query, for clients that cannot send headers.
     ///
     /// # Errors
-    /// 401, without a hint as to what is wrong with a token.
+    /// 401, which does not say what is wrong with the token.
     pub fn check(
         &self,
         headers: &HeaderMap,
@@ -97,27 +98,27 @@ impl Access {
         };
         let token = token.ok_or_else(Problem::token_missing)?;
         let left = self.valid_for(&file.keys.borrow(), token);
-        // None as well if it expires later than an instant can say.
+        // Also `None` if it expires later than an `Instant` can express.
         Ok(Instant::now().checked_add(left.ok_or_else(Problem::token_invalid)?))
     }
 
     fn valid_for(&self, keys: &[Key], token: &str) -> Option<Duration> {
         let Header { crit, kid, .. } = decode_header(token).ok()?;
-        // What a token holds to be critical is not understood here (RFC 7515, section 4.1.11).
+        // No critical extension is supported (RFC 7515, section 4.1.11).
         if crit.is_some() {
             return None;
         }
         let key = match keys {
-            // With one key it does not matter what it is called.
+            // A single key needs no id.
             [key] if key.id.is_none() || kid.is_none() => key,
             keys => keys.iter().find(|key| key.id.is_some() && key.id == kid)?,
         };
-        // The key's algorithm, never the token's.
+        // The algorithm comes from the key, never from the token.
         let mut validation = Validation::new(key.algorithm);
         validation.leeway = LEEWAY.as_secs();
         validation.validate_nbf = true;
         validation.validate_aud = self.jwt_audience.is_some();
-        // `exp` is required anyway.
+        // `exp` is required by default.
         if let Some(audience) = &self.jwt_audience {
             validation.set_audience(&[audience]);
             validation.required_spec_claims.insert("aud".to_owned());
@@ -133,7 +134,7 @@ impl Access {
     }
 }
 
-/// A wrong key is a wrong setting, and reported with the others.
+/// For clap, which reports an unusable key like any other wrong setting.
 fn key_file(path: &str) -> Result<Arc<KeyFile>, String> {
     let path = PathBuf::from(path);
     let keys = read_keys(&path).map_err(|error| format!("{error:#}"))?;
@@ -149,7 +150,7 @@ fn bearer(value: &str) -> Option<&str> {
 fn read_keys(file: &Path) -> anyhow::Result<Vec<Key>> {
     let read = || {
         let about = std::fs::metadata(file)?;
-        // A pipe, for instance, can be read only once, and may make us wait.
+        // A pipe, for instance, can be read only once and may block.
         ensure!(about.is_file(), "it is not a regular file");
         ensure!(about.len() <= MAX_FILE, "it is longer than {MAX_FILE} bytes");
         let content = std::fs::read(file)?;
@@ -159,9 +160,9 @@ fn read_keys(file: &Path) -> anyhow::Result<Vec<Key>> {
         if content.trim_ascii_start().starts_with(b"{") {
             return key_set(&content);
         }
-        // A text file ends with a line break, which is nobody's secret.
+        // The line break at the end of a text file is not part of the secret.
         let secret = content.trim_ascii_end();
-        // A public key in another form than PEM would otherwise become a secret that all know.
+        // A public key in another format, such as DER, must not become a shared secret.
         let is_line = secret.iter().all(|byte| (b' '..=b'~').contains(byte));
         ensure!(is_line, "it is no PEM, no JWKS, and no secret, which is one line of text");
         Ok(vec![Key::new(None, DecodingKey::from_secret(secret))?])
@@ -169,7 +170,7 @@ fn read_keys(file: &Path) -> anyhow::Result<Vec<Key>> {
     read().with_context(|| format!("the file {file:?} cannot be used as a key"))
 }
 
-/// A public key. Its type, which stands in the file, gives the algorithm.
+/// A public key. Its type determines the algorithm.
 fn pem_key(content: &[u8]) -> anyhow::Result<Key> {
     let is_private = String::from_utf8_lossy(content).contains("PRIVATE KEY");
     ensure!(!is_private, "it is a private key; give the public one that belongs to it");
@@ -180,7 +181,7 @@ fn pem_key(content: &[u8]) -> anyhow::Result<Key> {
     Key::new(None, key.ok().context(what)?)
 }
 
-/// The keys of a JWKS (RFC 7517) that can be used here; the others are left out, with a word.
+/// The usable keys of a JWKS (RFC 7517). Others are logged and skipped.
 fn key_set(content: &[u8]) -> anyhow::Result<Vec<Key>> {
     let set: JwkSet = serde_json::from_slice(content).context("it is no JWKS")?;
     let mut keys = Vec::new();
@@ -207,8 +208,10 @@ fn set_key(jwk: &Jwk) -> anyhow::Result<Key> {
 }
 
 impl Key {
-    /// A key and the algorithm of its kind, whose length it must have: with any other key no token
-    /// could be right.
+    /// A key with the algorithm of its type.
+    ///
+    /// # Errors
+    /// If the key does not have the length that the algorithm needs.
     fn new(id: Option<String>, key: DecodingKey) -> anyhow::Result<Self> {
         let length = match key.kind() {
             DecodingKeyKind::SecretOrDer(bytes) => bytes.len(),

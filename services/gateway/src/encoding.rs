@@ -35,7 +35,7 @@ impl Encoded {
     }
 }
 
-/// Whether a client prefers one media type (`text/plain`) to another, which it gets otherwise.
+/// Whether a client prefers a media type such as `text/plain` to the default.
 pub fn prefers(headers: &HeaderMap, media_type: &str, otherwise: &str) -> bool {
     let weight = |media_type: &str| {
         let (kind, _) = media_type.split_once('/').unwrap_or_default();
@@ -44,7 +44,8 @@ pub fn prefers(headers: &HeaderMap, media_type: &str, otherwise: &str) -> bool {
     headers.contains_key(header::ACCEPT) && weight(media_type) > weight(otherwise)
 }
 
-/// The weight, from 0 to 1, that a header gives to the first of these ranges that it has.
+/// The weight, from 0 to 1, that a header gives to the first of these ranges that it names. The
+/// most specific range comes first.
 fn weight(headers: &HeaderMap, name: &HeaderName, ranges: &[&str]) -> f32 {
     let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
     let accepted: Vec<&str> = values.flat_map(|value| value.split(',')).collect();

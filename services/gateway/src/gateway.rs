@@ -36,13 +36,13 @@ pub(crate) struct Gateway {
     pub options: Options,
     pub event_streams: Arc<Semaphore>,
     pub counters: Arc<Counters>,
-    /// New clients should go elsewhere.
+    /// Cancelled on SIGTERM: `/readyz` sends new clients elsewhere.
     pub leaving: CancellationToken,
-    /// No new client is let in, and feeds end.
+    /// Cancelled after the linger time: no connection is accepted any more, and feeds end.
     pub shutdown: CancellationToken,
 }
 
-/// Serves HTTP on the listener until `leaving` is cancelled and `drain_ms` is over at the latest.
+/// Serves HTTP on the listener until `leaving` is cancelled, then finishes within `drain_ms`.
 ///
 /// # Errors
 /// If the connection to NATS is closed for good.
@@ -71,7 +71,7 @@ pub async fn run(
         tokio::time::sleep(options.linger_ms).await;
         gateway.shutdown.cancel();
     };
-    // Some time is left for what follows.
+    // The rest of the time is for the flush and the end of the process.
     let drain = drain_ms.mul_f64(0.8).saturating_sub(options.linger_ms);
     tokio::select! {
         ended = reader::run(&client, &gateway.state) => ended?,

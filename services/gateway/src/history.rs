@@ -25,17 +25,17 @@ use crate::problem::{Problem, Result};
 use crate::record::{Record, valid};
 use crate::snapshot::Snapshot;
 
-/// Reads that are in progress at once.
+/// The maximum number of concurrent reads.
 const AT_ONCE: usize = 8;
 /// How long a request waits for its turn before it is refused.
 const TURN: Duration = Duration::from_secs(1);
-/// How long to wait before a read that should have found something is made again.
+/// The pauses before a read that should have found something is repeated.
 const BEHIND_MS: [u64; 3] = [20, 80, 200];
 /// From one read of an export to the next: at most 100,000 records a second.
 const EXPORT_PACE: Duration = Duration::from_millis(10);
 
-/// Bounded reads of the history. Requests and feeds have a budget each, so that neither takes the
-/// other's; both are filled again at the same rate.
+/// Rate-limited reads of the history. Requests and feeds have separate budgets; both are refilled
+/// at the same rate.
 pub struct History {
     client: Client,
     at_once: Semaphore,
@@ -72,7 +72,7 @@ impl Page {
 }
 
 impl History {
-    /// Reads a second, and exports at once, are limited.
+    /// Limits the reads a second and the concurrent exports.
     pub fn new(client: Client, reads_per_s: u32, exports: u32) -> Self {
         Self {
             client,
@@ -84,7 +84,7 @@ impl History {
         }
     }
 
-    /// Fills the budgets again, for ever.
+    /// Refills the budgets, for ever.
     pub async fn refill(&self) -> Infallible {
         let mut interval = tokio::time::interval(Duration::from_secs(1) / self.reads_per_s);
         loop {
@@ -100,7 +100,7 @@ impl History {
     /// A page of up to `limit` messages.
     ///
     /// # Errors
-    /// 429 if too much is read already, 503 if the broker does not answer.
+    /// 429 if a limit is reached, 503 if the broker does not answer.
     pub async fn page(&self, snapshot: &Snapshot, start: Start, limit: usize) -> Result<Page> {
         let last_seq = snapshot.last_seq;
         let Some(held) = snapshot.held(start) else {
@@ -112,7 +112,7 @@ impl History {
         Ok(Page::new(last_seq, numbers, next))
     }
 
-    /// A read for a request, which begins soon or not at all.
+    /// A read for a request. It is refused if it cannot begin soon.
     async fn read_for_request(&self, start: Start, limit: usize) -> Result<Vec<Entry>> {
         self.for_requests.try_acquire().map_err(|_| Problem::too_many_reads("1"))?.forget();
         let turn = tokio::time::timeout(TURN, self.at_once.acquire());
@@ -120,7 +120,7 @@ impl History {
         self.read(start, limit).await
     }
 
-    /// The messages after a sequence, for a feed, which waits until there is budget for it.
+    /// The messages after a sequence, for a feed, which waits for its budget.
     ///
     /// # Errors
     /// If the broker does not answer.
@@ -138,8 +138,8 @@ impl History {
         self.read(Start::Sequence(after + 1), limit).await
     }
 
-    /// Reads what is known to be there. A replica of the stream that is behind does not have it
-    /// yet; then another one is asked.
+    /// Reads messages that are known to exist. A replica of the stream that lags may not have them
+    /// yet; the repeated read most likely reaches another replica.
     async fn read(&self, start: Start, limit: usize) -> Result<Vec<Entry>> {
         for pause in BEHIND_MS {
             let read = history::read(&self.client, NUMBERS, start, limit).await;
@@ -154,8 +154,8 @@ impl History {
         Err(Problem::unavailable("the history cannot be read: its replica is behind"))
     }
 
-    /// All records from `start` on, up to the last one that the snapshot knows of, or to the first
-    /// one that was stored at `until` or later. Nothing is read that the client does not take. An
+    /// All records from `start` on, up to the end of the snapshot or the first record that was
+    /// stored at `until` or later. The history is read only as fast as the client takes it. An
     /// export that fails ends with an error, so that no client takes it for complete.
     ///
     /// # Errors

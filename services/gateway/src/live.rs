@@ -46,7 +46,7 @@ impl Feed {
     /// The body of the response. It ends when the client goes away, its token expires, or the
     /// gateway stops.
     pub fn body(self) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static {
-        // Clients of a replica that stops come back over some seconds, not all at once.
+        // Spreads the reconnects after a replica has stopped.
         let retry = format!("retry: {}\n\n", rand::random_range(500..3000));
         let greeting = (self.format == Format::Events).then(|| Bytes::from(retry));
         let chunks = stream::unfold(Some(self), async |feed| {
@@ -78,12 +78,12 @@ impl Feed {
         (self.event(name, json!({ "reason": reason })), false)
     }
 
-    /// What follows the client's position, as soon as there is something. Nothing is lost if this
-    /// is cancelled.
+    /// What follows the client's position, as soon as there is something. Cancel safe: the position
+    /// changes only together with the result.
     async fn numbers(&mut self) -> Bytes {
         loop {
             let latest = self.snapshots.borrow_and_update().clone();
-            // There was a snapshot when the feed began.
+            // Does not happen: a feed begins with a snapshot.
             let Some(snapshot) = latest else { return pending().await };
             let chunk = if snapshot.stream != self.stream {
                 self.reset(&snapshot, "this is not the stream that was read before")
@@ -92,7 +92,7 @@ impl Feed {
             } else if let Some(chunk) = snapshot.feed_after(self.position, self.format) {
                 self.position = snapshot.last_seq;
                 if chunk.is_empty() {
-                    // An error would mean that the gateway is gone.
+                    // It fails only if the state is dropped, and the gateway owns that.
                     let _ = self.snapshots.changed().await;
                 }
                 chunk
@@ -105,8 +105,9 @@ impl Feed {
         }
     }
 
-    /// Waits until this replica has what the client has seen elsewhere. If the stream turns out to
-    /// end before that, the position is reset; without the broker nobody can tell.
+    /// Waits until this replica has what the client has seen at another one. If the stream turns
+    /// out to end before the client's position, the position is reset. Without the broker this
+    /// cannot be known, and the wait goes on.
     async fn catch_up(&mut self) -> Bytes {
         let position = self.position;
         let deadline = Instant::now() + CATCH_UP;
@@ -131,7 +132,8 @@ impl Feed {
         self.format.all(&valid(&entries)).into()
     }
 
-    /// The client's position means nothing in this stream: it goes on with the next number.
+    /// Tells the client that its position means nothing in this stream, and goes on with the next
+    /// number.
     fn reset(&mut self, snapshot: &Snapshot, reason: &str) -> Bytes {
         let facts = json!({
             "reason": reason,

@@ -54,7 +54,7 @@ impl Problem {
             .with(header::ALLOW, "GET, HEAD, OPTIONS")
     }
 
-    /// 429: the history is read as often as the broker should bear; when to try again.
+    /// 429: the limit on reads of the history is reached; when to try again.
     pub fn too_many_reads(retry_after_s: &'static str) -> Self {
         let detail = "too much of the history is being read at this moment";
         Self::new(StatusCode::TOO_MANY_REQUESTS, detail).with(header::RETRY_AFTER, retry_after_s)

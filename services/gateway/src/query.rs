@@ -1,4 +1,4 @@
-//! The parameters of a request, and what is said about wrong ones.
+//! The parameters of a request, and the errors about wrong ones.
 
 use std::fmt::Display;
 use std::ops::RangeInclusive;
@@ -9,8 +9,8 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::problem::{Problem, Result};
 
-/// The parameters that are given. Each is taken by its name; [`end`](Self::end) finds those that
-/// are not known.
+/// The parameters of a query. Each is taken by name; [`end`](Self::end) finds those that are
+/// unknown.
 pub struct Query {
     given: Vec<(String, String)>,
     known: Vec<&'static str>,
@@ -54,7 +54,7 @@ impl Query {
     /// 400 if it is given twice, or is not in the format of RFC 3339.
     pub fn time(&mut self, name: &'static str) -> Result<Option<OffsetDateTime>> {
         let Some(value) = self.text(name)? else { return Ok(None) };
-        // A plus sign in a query is a space, and people forget to write %2B.
+        // In a query, + means a space; people forget to write %2B.
         match OffsetDateTime::parse(&value.replace(' ', "+"), &Rfc3339) {
             Ok(time) => Ok(Some(time)),
             Err(_) => Err(Problem::bad_request(format!(
@@ -66,7 +66,7 @@ impl Query {
     /// Makes sure that everything was taken.
     ///
     /// # Errors
-    /// 400 if a parameter is left that is not known.
+    /// 400 if an unknown parameter is left.
     pub fn end(&self) -> Result<()> {
         let Some((name, _)) = self.given.first() else { return Ok(()) };
         let there = match &*self.known {

@@ -20,20 +20,21 @@ use crate::record::valid;
 use crate::snapshot::{LAST, Snapshot};
 use crate::state::State;
 
-/// How often to look without a nudge: one may be lost.
+/// How often to look without a nudge, because a nudge may be lost.
 const LOOK: Duration = Duration::from_secs(1);
 /// How often to make sure that the stream is still the same one.
 const IDENTITY: Duration = Duration::from_secs(5);
-/// The leader answers within this time, or there is none. Nothing is read meanwhile.
+/// The timeout for the stream's leader once the stream is known. Nothing is read meanwhile.
 const LEADER_PATIENCE: Duration = Duration::from_millis(250);
-/// Before the first number is known there is nothing else to do.
+/// The same before anything was read, when there is nothing else to do.
 const FIRST_PATIENCE: Duration = Duration::from_secs(2);
-/// A nudge may be quicker than the replica that is asked: it is asked again after these pauses.
+/// A nudge may arrive before the replica that is asked has the message. It is asked again after
+/// these pauses.
 const AGAIN_MS: [u64; 5] = [1, 2, 4, 16, 64];
 /// How far back the start looks for 100 valid records among invalid messages.
 const MAX_BACK: u64 = 100_000;
 
-/// Keeps the state as new as the stream, for ever. What goes wrong is logged once, and tried again.
+/// Keeps the state up to date with the stream, for ever. A failure is logged once and retried.
 ///
 /// # Errors
 /// If the connection was closed for good.
@@ -55,9 +56,10 @@ struct Reader<'a> {
     client: &'a Client,
     state: &'a State,
     nudges: Subscriber,
-    /// How far the stream was read; `None` if it is to be read from the start.
+    /// The snapshot to read on from; `None` before the first read, and after the stream was
+    /// replaced.
     snapshot: Option<Arc<Snapshot>>,
-    /// What is going wrong, so that it is logged once; empty while all is well.
+    /// The failure that was logged last; empty while reads succeed.
     fault: String,
 }
 
@@ -68,14 +70,14 @@ impl Reader<'_> {
         let mut look = interval(LOOK);
         loop {
             tokio::select! {
-                // At once, and before anything is read.
+                // The first tick is immediate: the stream is identified before it is read.
                 biased;
                 _ = identify.tick() => self.identify().await?,
                 nudge = self.nudges.next() => {
                     if nudge.is_none() {
                         return Ok(());
                     }
-                    // One look serves all that have come by now.
+                    // One look serves all nudges that have arrived by now.
                     while let Some(Some(_)) = self.nudges.next().now_or_never() {}
                     self.look(&AGAIN_MS).await?;
                 }
@@ -84,12 +86,12 @@ impl Reader<'_> {
         }
     }
 
-    /// Makes sure that the stream is the one that was read, and starts over if not. Only its leader
-    /// can tell. A stream that has no leader for a while can be read all the same.
+    /// Makes sure that the stream is still the one that was read, and starts over if not. Only its
+    /// leader knows. Without a leader the stream can still be read.
     async fn identify(&mut self) -> anyhow::Result<()> {
         if let Some(read) = &self.snapshot {
             match jetstream::info(self.client, NUMBERS, LEADER_PATIENCE).await {
-                // Made anew, or put back to an earlier state.
+                // It was made anew, or restored to an earlier state.
                 Ok(now)
                     if now.created != read.created || now.state.last_sequence < read.last_seq => {}
                 _ => return Ok(()),
@@ -104,7 +106,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// The last 100 valid records of a stream that is read for the first time.
+    /// The last 100 records of a stream that is read for the first time.
     async fn start(&self, created: OffsetDateTime) -> anyhow::Result<Snapshot> {
         let last = history::last(self.client, NUMBERS).await?.map_or(0, |entry| entry.sequence);
         let mut back = LAST as u64;
@@ -121,7 +123,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Reads what is new. A replica that is behind is asked again after these pauses.
+    /// Reads what is new. If there is nothing, asks again after each of these pauses.
     async fn look(&mut self, pauses_ms: &[u64]) -> anyhow::Result<()> {
         let mut found = self.read_on().await?;
         for ms in pauses_ms {
@@ -138,7 +140,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Publishes what has come since. Whether there was anything.
+    /// Publishes what is new. Returns whether there was anything.
     async fn read_on(&mut self) -> anyhow::Result<bool> {
         let mut found = false;
         while let Some(snapshot) = &self.snapshot

@@ -1,6 +1,6 @@
 //! Which replicas of which service are alive, and the latest tick.
 //!
-//! They are asked through the NATS Services API (ADR-32), all at once and in the background: a
+//! All replicas are asked at once through the NATS Services API (ADR-32), in the background: a
 //! request for the list costs the broker nothing.
 
 use std::collections::BTreeMap;
@@ -18,13 +18,13 @@ use time::format_description::well_known::Rfc3339;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-/// How often all are asked.
+/// How often the replicas are asked.
 const ROUND: Duration = Duration::from_secs(1);
-/// A replica that has not answered for this long is gone.
+/// A replica that has not answered for this long is not listed.
 const GONE: Duration = Duration::from_millis(2500);
-/// More are not listed.
+/// The maximum number of replicas that are listed.
 const MAX_REPLICAS: usize = 1000;
-/// An answer that is longer is not read.
+/// The maximum size of an answer; longer ones are ignored.
 const MAX_ANSWER: usize = 4096;
 
 /// A replica: its answer to `$SRV.STATS`, and what clients see of it.
@@ -77,7 +77,7 @@ pub async fn run(client: &Client, list: &watch::Sender<List>) -> anyhow::Result<
     rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            // Without the broker nobody knows who is alive: the list gets old.
+            // Without the broker the list stays as it is, and gets old.
             _ = rounds.tick() => if connection::is_connected(client) {
                 if let Some(body) = known.render() {
                     list.send_replace(Some((body, Instant::now())));
@@ -106,7 +106,7 @@ impl Known {
         if payload.len() > MAX_ANSWER {
             return;
         }
-        // Anybody may send something else.
+        // Anyone on the broker may send something else.
         let Ok(mut replica) = serde_json::from_slice::<Replica>(payload) else { return };
         for endpoint in &replica.endpoints {
             replica.requests = replica.requests.saturating_add(endpoint.num_requests);
@@ -118,7 +118,7 @@ impl Known {
         }
     }
 
-    /// The list of those that are alive. Until the first answers had time to come there is none.
+    /// The list of the replicas that are alive; `None` until the first answers have arrived.
     fn render(&mut self) -> Option<Bytes> {
         self.replicas.retain(|_, replica| replica.heard.elapsed() < GONE);
         if self.replicas.is_empty() {

@@ -1,4 +1,4 @@
-//! What is answered to which request.
+//! The routes of the HTTP API, and how each request is answered.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,11 +35,11 @@ const JSON: &str = "application/json";
 const LINES: &str = "application/x-ndjson";
 const TEXT: &str = "text/plain; charset=utf-8";
 
-/// How many records a page of the history has unless the client says.
+/// The default size of a page of the history.
 const PAGE: usize = 100;
 
-/// On every answer, unless it has its own. Nothing here is to be framed, sniffed, or run; and
-/// everything may be read by a script of any origin (the Fetch standard, CORS).
+/// Headers of every response, unless the response sets its own. Nothing here may be framed,
+/// sniffed, or run; scripts of any origin may read everything (the Fetch standard, CORS).
 const HEADERS: [(HeaderName, &str); 5] = [
     (header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
@@ -47,11 +47,11 @@ const HEADERS: [(HeaderName, &str); 5] = [
     (header::ACCESS_CONTROL_ALLOW_ORIGIN, "*"),
     (header::ACCESS_CONTROL_EXPOSE_HEADERS, "Age, ETag, Link, Retry-After"),
 ];
-/// The page runs its own script, has its own style, and asks this gateway alone.
+/// The page runs its own script, uses its own style, and connects to this gateway only.
 const PAGE_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
     connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// What handlers look at of a request.
+/// The parts of a request that the handlers use.
 struct Ask {
     query: Query,
     headers: HeaderMap,
@@ -72,7 +72,7 @@ pub fn all(gateway: Arc<Gateway>) -> BoxedFilter<(Response,)> {
         .boxed()
 }
 
-/// Answers within the time for it, and does what every answer needs.
+/// Answers within the timeout, counts and logs the request, and adds the common headers.
 async fn respond(gateway: &Arc<Gateway>, method: Method, path: FullPath, mut ask: Ask) -> Response {
     let begun = Instant::now();
     let answer = dispatch(gateway, &method, path.as_str(), &mut ask);
@@ -89,7 +89,7 @@ async fn respond(gateway: &Arc<Gateway>, method: Method, path: FullPath, mut ask
     response
 }
 
-/// What needs no token: it tells nothing of the numbers, and a browser has no token yet when it
+/// The routes that need no token: they contain no numbers, and a browser has no token yet when it
 /// opens the page.
 async fn dispatch(gateway: &Arc<Gateway>, method: &Method, path: &str, ask: &mut Ask) -> Answer {
     match *method {
@@ -107,13 +107,13 @@ async fn dispatch(gateway: &Arc<Gateway>, method: &Method, path: &str, ask: &mut
         "/openapi.json" => page(ask, include_str!("../openapi.json"), JSON),
         "/healthz" => healthz(ask),
         "/readyz" => readyz(gateway, ask),
-        // It checks the token itself, which may be in the query.
+        // Checks the token itself, because it may be in the query.
         "/numbers/live" => live(gateway, ask),
         _ => guarded(gateway, path, ask).await,
     }
 }
 
-/// What needs a token, if this gateway asks for tokens.
+/// The routes that need a token, if this gateway requires tokens.
 async fn guarded(gateway: &Gateway, path: &str, ask: &mut Ask) -> Answer {
     gateway.options.access.check(&ask.headers, None)?;
     match path {
@@ -141,7 +141,7 @@ async fn numbers(gateway: &Gateway, ask: &mut Ask) -> Answer {
     }
     let head = fresh(gateway.state.age()).header(header::VARY, "Accept, Accept-Encoding");
     if prefers(&ask.headers, "text/plain", JSON) {
-        // Without a tag: a cache must not take one form for the other.
+        // Without an `ETag`: a cache must not confuse the two formats.
         return answer(head, TEXT, snapshot.text(limit));
     }
     let mut head = head.header(header::ETAG, format!("W/\"{}\"", snapshot.tag()));
@@ -155,8 +155,8 @@ async fn numbers(gateway: &Gateway, ask: &mut Ask) -> Answer {
     answer(head, JSON, body)
 }
 
-/// The opaque parts of the entity tags in `If-None-Match`, which is all that is compared of them
-/// (RFC 9110, section 8.8.3.2).
+/// The opaque parts of the entity tags in `If-None-Match`. Only these are compared (RFC 9110,
+/// section 8.8.3.2).
 fn seen_tags(headers: &HeaderMap) -> Vec<&str> {
     let values = headers.get_all(header::IF_NONE_MATCH).iter();
     let tags = values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
@@ -182,7 +182,7 @@ async fn number(gateway: &Gateway, ask: &mut Ask, seq: &str) -> Answer {
     }
 }
 
-/// `after` or `from` of a query; by default the beginning.
+/// The `after` or `from` of a query; by default the beginning of the history.
 fn start(query: &mut Query) -> Result<Start> {
     match (query.number("after", 0..=u64::MAX)?, query.time("from")?) {
         (Some(_), Some(_)) => Err(Problem::bad_request("give either after or from, not both")),
@@ -247,7 +247,7 @@ fn live(gateway: &Arc<Gateway>, ask: &mut Ask) -> Answer {
         position: after.unwrap_or(snapshot.last_seq),
         _permit: permit,
     };
-    // A proxy that buffers makes a live feed a late one.
+    // nginx would otherwise buffer the feed.
     let head = no_store().header(header::VARY, "Accept").header("x-accel-buffering", "no");
     answer(head, content_type, warp::reply::stream(feed.body()).into_response().into_body())
 }
@@ -268,8 +268,8 @@ fn healthz(ask: &mut Ask) -> Answer {
 fn readyz(gateway: &Gateway, ask: &mut Ask) -> Answer {
     ask.query.end()?;
     if gateway.leaving.is_cancelled() {
-        // To HAProxy this means: no further clients, and the present ones may finish
-        // (disable-on-404). To anybody else it is as good as 503.
+        // HAProxy sends no new clients, and lets present ones finish (disable-on-404). For other
+        // load balancers this is as good as 503.
         return Err(Problem::not_found("this gateway stops"));
     }
     if !connection::is_connected(&gateway.client) {
@@ -283,7 +283,7 @@ fn readyz(gateway: &Gateway, ask: &mut Ask) -> Answer {
     answer(fresh(Duration::ZERO), JSON, body)
 }
 
-/// What scripts of other origins may do, and for how long a browser may remember it.
+/// What scripts of other origins may do, and how long a browser may cache that.
 fn options() -> Answer {
     let headers = "Authorization, If-None-Match, Last-Event-ID";
     let head = Builder::new()
@@ -301,8 +301,8 @@ fn page(ask: &mut Ask, content: &'static str, content_type: &'static str) -> Ans
     answer(head, content_type, content)
 }
 
-/// The head of an answer that a cache may keep, but not give away without asking. One from a
-/// gateway that has lost the broker says how old it is, in seconds (RFC 9111, section 5.1).
+/// The head of a response that caches must revalidate. If the gateway has lost the broker, it tells
+/// the age of the data in seconds (RFC 9111, section 5.1).
 fn fresh(age: Duration) -> Builder {
     let head = Builder::new().header(header::CACHE_CONTROL, "no-cache");
     if age >= STALE { head.header(header::AGE, age.as_secs()) } else { head }
@@ -319,7 +319,7 @@ where
     Ok(head.header(header::CONTENT_TYPE, content_type).body(body).into_response())
 }
 
-/// A value whose serialisation cannot fail.
+/// For values that always serialise.
 fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default() + "\n"
 }

@@ -1,5 +1,5 @@
-//! The loop over connections. Made by hand because `warp::serve` has no timer: it would keep a
-//! client that never sends its request for ever (docs/adr/0005-a-serve-loop-of-our-own.md).
+//! The loop over connections. `warp::serve` has no timer: it would keep a client that never sends
+//! its request for ever (docs/adr/0005-a-serve-loop-of-our-own.md).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +20,8 @@ use crate::gateway::Gateway;
 use crate::problem::Problem;
 use crate::routes;
 
-/// The most that the kernel holds for a client that does not read (it doubles the number).
+/// The size of a connection's send buffer in the kernel, which doubles the number. It bounds what a
+/// client that does not read can hold.
 const SEND_BUFFER: usize = 64 * 1024;
 
 /// The pause after an accept that failed.
@@ -29,7 +30,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 /// Raises the soft limit of open files to what the connections need, as far as the hard limit
 /// allows.
 pub fn raise_file_limit(connections: u32) {
-    // The broker, the log, the listener and the runtime need some as well.
+    // The connection to the broker, the log, the listener and the runtime need some as well.
     let wanted = u64::from(connections) + 64;
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
     let limit = soft.max(wanted.min(hard));
@@ -39,8 +40,8 @@ pub fn raise_file_limit(connections: u32) {
     }
 }
 
-/// Bounds what a client that does not read can hold, and for how long. Connections have this from
-/// the listener.
+/// Bounds how much a client that does not read can hold, and for how long. Connections inherit this
+/// from the listener.
 fn bound_sending(listener: &TcpListener, stall: Duration) {
     let socket = SockRef::from(listener);
     let buffer = socket.set_send_buffer_size(SEND_BUFFER);
@@ -83,18 +84,18 @@ pub async fn serve(listener: TcpListener, gateway: Arc<Gateway>, drain: Duration
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Most likely no file descriptor is left; connections that end free some.
+                // Most likely no file descriptor is left until another connection ends.
                 warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        // Without it, it is only slower.
+        // If this fails, the connection is only slower.
         let _ = stream.set_nodelay(true);
         let connection = builder.serve_connection(TokioIo::new(stream), service.clone());
         let connection = open.watch(connection);
         tokio::spawn(async move {
-            // A client that is slow, gone or wrong is no news for an operator.
+            // An operator need not know of a client that is slow, gone or misbehaving.
             if let Err(error) = connection.await {
                 debug!(%error, "connection");
             }

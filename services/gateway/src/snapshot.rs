@@ -69,7 +69,7 @@ impl Snapshot {
         }
     }
 
-    /// What tells this snapshot from every other one, of whatever stream.
+    /// Identifies this snapshot among those of all streams.
     pub fn tag(&self) -> String {
         format!("{}-{}", self.stream, self.last_seq)
     }

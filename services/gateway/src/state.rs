@@ -22,9 +22,10 @@ pub type Latest = Option<Arc<Snapshot>>;
 
 /// What the reader knows.
 pub struct State {
-    /// Tells of every new snapshot.
+    /// The latest snapshot, set by the reader.
     pub latest: watch::Sender<Latest>,
-    /// When the stream last had nothing newer than the snapshot; at first, when the process began.
+    /// When the stream last had nothing newer than the snapshot; at first, when the process
+    /// started.
     pub confirmed: watch::Sender<Instant>,
 }
 
@@ -55,8 +56,8 @@ impl State {
         self.snapshot()
     }
 
-    /// The same for a sequence that the client may have made up: only one that is just beyond the
-    /// end is waited for.
+    /// The same for a sequence that the client may have made up: waits only if it is just beyond
+    /// the end.
     ///
     /// # Errors
     /// As [`snapshot`](Self::snapshot).
