@@ -7,10 +7,7 @@ use flate2::Compression;
 use flate2::read::GzEncoder;
 use warp::http::{HeaderMap, HeaderName, header};
 
-/// The content coding (RFC 1952) that every client knows.
-const GZIP: &str = "gzip";
-
-/// One body, as it is and compressed.
+/// One body, as it is and compressed with gzip, the content coding that every client knows.
 #[derive(Clone, Debug)]
 pub struct Encoded {
     identity: Bytes,
@@ -28,57 +25,41 @@ impl Encoded {
 
     /// The body as a client prefers it, and the name of its coding, if it has one.
     pub fn accepted(&self, headers: &HeaderMap) -> (Bytes, Option<&'static str>) {
-        let weight = |name: &str| {
-            quality(headers, &header::ACCEPT_ENCODING, |range| {
-                let named = range.eq_ignore_ascii_case(name).then_some(1);
-                named.or((range == "*").then_some(0))
-            })
-        };
-        let gzip = weight(GZIP);
+        let weight = |coding| weight(headers, &header::ACCEPT_ENCODING, &[coding, "*"]);
+        let gzip = weight("gzip");
         if gzip > 0.0 && gzip >= weight("identity") {
-            (self.gzip.clone(), Some(GZIP))
+            (self.gzip.clone(), Some("gzip"))
         } else {
             (self.identity.clone(), None)
         }
     }
 }
 
-/// Whether a client prefers one media type (`text/plain`) to another, which it gets otherwise.
+/// Whether a client prefers a media type such as `text/plain` to the default.
 pub fn prefers(headers: &HeaderMap, media_type: &str, otherwise: &str) -> bool {
-    headers.contains_key(header::ACCEPT)
-        && media_weight(headers, media_type) > media_weight(headers, otherwise)
+    let weight = |media_type: &str| {
+        let (kind, _) = media_type.split_once('/').unwrap_or_default();
+        weight(headers, &header::ACCEPT, &[media_type, &format!("{kind}/*"), "*/*"])
+    };
+    headers.contains_key(header::ACCEPT) && weight(media_type) > weight(otherwise)
 }
 
-fn media_weight(headers: &HeaderMap, media_type: &str) -> f32 {
-    let kind = media_type.split('/').next().unwrap_or_default();
-    quality(headers, &header::ACCEPT, |range| {
-        if range.eq_ignore_ascii_case(media_type) {
-            return Some(2);
+/// The weight, from 0 to 1, that a header gives to the first of these ranges that it names. The
+/// most specific range comes first.
+fn weight(headers: &HeaderMap, name: &HeaderName, ranges: &[&str]) -> f32 {
+    let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+    let accepted: Vec<&str> = values.flat_map(|value| value.split(',')).collect();
+    for range in ranges {
+        for accepted in &accepted {
+            let mut parts = accepted.split(';').map(str::trim);
+            if parts.next().is_some_and(|accepted| accepted.eq_ignore_ascii_case(range)) {
+                let weight = parts
+                    .find_map(|part| part.to_ascii_lowercase().strip_prefix("q=")?.parse().ok());
+                return weight.unwrap_or(1.0);
+            }
         }
-        let any_of_kind = range.strip_suffix("/*")?;
-        match any_of_kind {
-            "*" => Some(0),
-            _ => any_of_kind.eq_ignore_ascii_case(kind).then_some(1),
-        }
-    })
-}
-
-/// The weight, from 0 to 1, of the most specific range in a header that matches.
-fn quality(
-    headers: &HeaderMap,
-    name: &HeaderName,
-    specificity: impl Fn(&str) -> Option<u8>,
-) -> f32 {
-    let values = headers.get_all(name);
-    let ranges = values.iter().filter_map(|value| value.to_str().ok());
-    let weights = ranges.flat_map(|value| value.split(',')).filter_map(|range| {
-        let mut parts = range.split(';').map(str::trim);
-        let specific = specificity(parts.next()?)?;
-        let weight =
-            parts.find_map(|part| part.to_ascii_lowercase().strip_prefix("q=")?.parse().ok());
-        Some((specific, weight.unwrap_or(1.0)))
-    });
-    weights.max_by_key(|&(specific, _)| specific).map_or(0.0, |(_, weight)| weight)
+    }
+    0.0
 }
 
 #[cfg(test)]

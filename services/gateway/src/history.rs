@@ -5,6 +5,7 @@
 //! stay in the broker's memory for a while.
 
 use std::convert::Infallible;
+use std::future::ready;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,29 +13,29 @@ use std::time::Duration;
 use async_nats::Client;
 use bytes::Bytes;
 use contract::streams::NUMBERS;
-use futures::{Stream, StreamExt, stream};
+use futures::{Stream, StreamExt, TryStreamExt, stream};
 use runtime::history::{self, Entry, MAX_BATCH, Start};
 use serde::Serialize;
 use time::OffsetDateTime;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::Instant;
+use tokio::sync::Semaphore;
+use tokio::time::MissedTickBehavior;
 
-use crate::problem::Problem;
-use crate::reader::valid;
-use crate::snapshot::{Format, Number, Snapshot};
+use crate::format::Format;
+use crate::problem::{Problem, Result};
+use crate::record::{Record, valid};
+use crate::snapshot::Snapshot;
 
-/// Reads that are in progress at once.
+/// The maximum number of concurrent reads.
 const AT_ONCE: usize = 8;
 /// How long a request waits for its turn before it is refused.
 const TURN: Duration = Duration::from_secs(1);
-/// How long to wait before a read that should have found something is made again.
-const BEHIND: [Duration; 3] =
-    [Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(200)];
-/// From one read of an export to the next: at most 100,000 numbers a second.
+/// The pauses before a read that should have found something is repeated.
+const BEHIND_MS: [u64; 3] = [20, 80, 200];
+/// From one read of an export to the next: at most 100,000 records a second.
 const EXPORT_PACE: Duration = Duration::from_millis(10);
 
-/// Bounded reads of the history. Requests and feeds have a budget each, so that neither takes the
-/// other's; both are filled again at the same rate.
+/// Rate-limited reads of the history. Requests and feeds have separate budgets; both are refilled
+/// at the same rate.
 pub struct History {
     client: Client,
     at_once: Semaphore,
@@ -51,20 +52,27 @@ pub struct Page {
     /// The last sequence of the stream, as far as this replica knows.
     last_seq: u64,
     count: usize,
-    /// Its valid numbers.
-    pub numbers: Vec<Number>,
+    /// The records.
+    pub numbers: Vec<Record>,
     /// The sequence after which the next page begins; `None` at the end.
     pub next: Option<u64>,
 }
 
 impl Page {
-    fn new(snapshot: &Snapshot, numbers: Vec<Number>, next: Option<u64>) -> Self {
-        Self { stream: NUMBERS, last_seq: snapshot.last_seq, count: numbers.len(), numbers, next }
+    fn new(last_seq: u64, numbers: Vec<Record>, next: Option<u64>) -> Self {
+        Self { stream: NUMBERS, last_seq, count: numbers.len(), numbers, next }
+    }
+
+    /// What these messages hold, up to `last_seq`: the stream may have grown since.
+    fn of(mut entries: Vec<Entry>, last_seq: u64) -> Self {
+        entries.retain(|entry| entry.sequence <= last_seq);
+        let end = entries.last().map(|entry| entry.sequence);
+        Self::new(last_seq, valid(&entries), end.filter(|end| *end < last_seq))
     }
 }
 
 impl History {
-    /// Bounds: reads a second, and exports at once.
+    /// Limits the reads a second and the concurrent exports.
     pub fn new(client: Client, reads_per_s: u32, exports: u32) -> Self {
         Self {
             client,
@@ -76,7 +84,7 @@ impl History {
         }
     }
 
-    /// Fills the budgets again, for ever.
+    /// Refills the budgets, for ever.
     pub async fn refill(&self) -> Infallible {
         let mut interval = tokio::time::interval(Duration::from_secs(1) / self.reads_per_s);
         loop {
@@ -92,58 +100,48 @@ impl History {
     /// A page of up to `limit` messages.
     ///
     /// # Errors
-    /// 429 if too much is read already, 503 if the broker does not answer.
-    pub async fn page(
-        &self,
-        snapshot: &Snapshot,
-        start: Start,
-        limit: usize,
-    ) -> Result<Page, Problem> {
-        if let Some(held) = snapshot.held(start) {
-            let mut numbers: Vec<Number> = held.take(limit + 1).cloned().collect();
-            let more = numbers.len() > limit;
-            numbers.truncate(limit);
-            let next = numbers.last().filter(|_| more).map(|number| number.seq);
-            return Ok(Page::new(snapshot, numbers, next));
-        }
-        let mut entries = self.read(start, limit).await?;
-        // The stream may have grown since; then the rest is on the next page.
-        entries.retain(|entry| entry.sequence <= snapshot.last_seq);
-        let end = entries.last().map(|entry| entry.sequence);
-        let next = end.filter(|end| *end < snapshot.last_seq);
-        Ok(Page::new(snapshot, valid(&entries), next))
+    /// 429 if a limit is reached, 503 if the broker does not answer.
+    pub async fn page(&self, snapshot: &Snapshot, start: Start, limit: usize) -> Result<Page> {
+        let last_seq = snapshot.last_seq;
+        let Some(held) = snapshot.held(start) else {
+            return Ok(Page::of(self.read_for_request(start, limit).await?, last_seq));
+        };
+        let mut held = held.cloned();
+        let numbers: Vec<Record> = held.by_ref().take(limit).collect();
+        let next = numbers.last().filter(|_| held.next().is_some()).map(|record| record.seq);
+        Ok(Page::new(last_seq, numbers, next))
     }
 
-    /// A read for a request: at once or not at all.
-    async fn read(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
-        self.for_requests.try_acquire().map_err(|_| too_many(TURN))?.forget();
+    /// A read for a request. It is refused if it cannot begin soon.
+    async fn read_for_request(&self, start: Start, limit: usize) -> Result<Vec<Entry>> {
+        self.for_requests.try_acquire().map_err(|_| Problem::too_many_reads("1"))?.forget();
         let turn = tokio::time::timeout(TURN, self.at_once.acquire());
-        let _turn = turn.await.map_err(|_| too_many(TURN))?;
-        self.read_held(start, limit).await
+        let _turn = turn.await.map_err(|_| Problem::too_many_reads("1"))?;
+        self.read(start, limit).await
     }
 
-    /// The messages after a sequence, for a feed, which waits until there is budget for it.
+    /// The messages after a sequence, for a feed, which waits for its budget.
     ///
     /// # Errors
     /// If the broker does not answer.
-    pub async fn read_for_feed(&self, after: u64, limit: usize) -> Result<Vec<Entry>, Problem> {
+    pub async fn read_for_feed(&self, after: u64, limit: usize) -> Result<Vec<Entry>> {
         // The semaphores are never closed.
         if let Ok(permit) = self.for_feeds.acquire().await {
             permit.forget();
         }
-        self.read_in_turn(Start::Sequence(after + 1), limit).await
+        self.read_in_turn(after, limit).await
     }
 
-    /// A read that waits for its turn.
-    async fn read_in_turn(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
-        let _turn = self.at_once.acquire().await.ok();
-        self.read_held(start, limit).await
+    /// The messages after a sequence, as soon as fewer than [`AT_ONCE`] reads are in progress.
+    async fn read_in_turn(&self, after: u64, limit: usize) -> Result<Vec<Entry>> {
+        let _turn = self.at_once.acquire().await;
+        self.read(Start::Sequence(after + 1), limit).await
     }
 
-    /// Reads what is known to be there. A replica of the stream that is behind does not have it
-    /// yet; then another one is asked.
-    async fn read_held(&self, start: Start, limit: usize) -> Result<Vec<Entry>, Problem> {
-        for pause in BEHIND {
+    /// Reads messages that are known to exist. A replica of the stream that lags may not have them
+    /// yet; the repeated read most likely reaches another replica.
+    async fn read(&self, start: Start, limit: usize) -> Result<Vec<Entry>> {
+        for pause in BEHIND_MS {
             let read = history::read(&self.client, NUMBERS, start, limit).await;
             let entries = read.map_err(|error| {
                 Problem::unavailable(format!("the history cannot be read: {error}"))
@@ -151,14 +149,14 @@ impl History {
             if !entries.is_empty() {
                 return Ok(entries);
             }
-            tokio::time::sleep(pause).await;
+            tokio::time::sleep(Duration::from_millis(pause)).await;
         }
         Err(Problem::unavailable("the history cannot be read: its replica is behind"))
     }
 
-    /// All numbers from a position on, up to the last one that the snapshot knows of, or to the
-    /// first one that was stored at `until` or later. Nothing is read that the client does not
-    /// take, and an export that fails ends with an error, so that it is not taken for complete.
+    /// All records from `start` on, up to the end of the snapshot or the first record that was
+    /// stored at `until` or later. The history is read only as fast as the client takes it. An
+    /// export that fails ends with an error, so that no client takes it for complete.
     ///
     /// # Errors
     /// 429 if too many exports are in progress, 503 if the broker does not answer.
@@ -168,69 +166,34 @@ impl History {
         start: Start,
         until: Option<OffsetDateTime>,
         format: Format,
-    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + 'static, Problem> {
+    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + 'static> {
         let permit = self.exports.clone().try_acquire_owned();
-        let mut export = Export {
-            history: self.clone(),
-            last_seq: snapshot.last_seq,
-            until,
-            format,
-            next: None,
-            not_before: Instant::now(),
-            _permit: permit.map_err(|_| too_many(Duration::from_secs(10)))?,
-        };
-        let mut head = String::new();
-        if format == Format::Csv {
-            head.push_str("seq,number,even,odd,published_at\n");
-        }
-        // The first read is made before the answer begins, so that it can still be an error.
-        head += &match snapshot.held(start) {
-            Some(held) => format.all(held.filter(|number| export.wants(number.seq, number.time))),
-            None => export.take(self.read(start, MAX_BATCH).await?),
-        };
-        let rest = stream::try_unfold(export, async |mut export| {
-            let Some(after) = export.next else { return Ok(None) };
-            tokio::time::sleep_until(export.not_before).await;
-            export.not_before = Instant::now() + EXPORT_PACE;
-            let read = export.history.read_in_turn(Start::Sequence(after + 1), MAX_BATCH).await;
-            let entries = read.map_err(|problem| io::Error::other(problem.to_string()))?;
-            let chunk = export.take(entries);
-            Ok(Some((Bytes::from(chunk), export)))
+        let permit = permit.map_err(|_| Problem::too_many_reads("10"))?;
+        // The first read is made before the response begins, so that it can still be an error.
+        let first = self.page(snapshot, start, MAX_BATCH).await?;
+        let (next, last_seq) = (first.next, snapshot.last_seq);
+        let mut pace = tokio::time::interval(EXPORT_PACE);
+        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let rest = stream::try_unfold((self.clone(), pace, next), move |state| async move {
+            let (history, mut pace, Some(after)) = state else { return Ok(None) };
+            pace.tick().await;
+            let read = history.read_in_turn(after, MAX_BATCH).await;
+            let entries = read.map_err(|problem| io::Error::other(problem.detail))?;
+            let page = Page::of(entries, last_seq);
+            let next = page.next;
+            Ok(Some((page, (history, pace, next))))
         });
-        Ok(stream::iter([Ok(Bytes::from(head))]).chain(rest))
+        let is_wanted = move |record: &Record| until.is_none_or(|until| record.time < until);
+        let chunks = stream::iter([Ok(first)])
+            .chain(rest)
+            .try_take_while(move |page| ready(Ok(page.numbers.first().is_none_or(is_wanted))))
+            .map_ok(move |page| {
+                let _held_until_the_end = &permit;
+                format.all(page.numbers.iter().filter(|record| is_wanted(record))).into()
+            });
+        let head = if format == Format::Csv { "seq,number,even,odd,published_at\n" } else { "" };
+        Ok(stream::iter([Ok(Bytes::from(head))]).chain(chunks))
     }
-}
-
-/// What is left to export.
-struct Export {
-    history: Arc<History>,
-    last_seq: u64,
-    until: Option<OffsetDateTime>,
-    format: Format,
-    /// After which sequence to go on, if at all.
-    next: Option<u64>,
-    not_before: Instant,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Export {
-    fn wants(&self, seq: u64, time: OffsetDateTime) -> bool {
-        seq <= self.last_seq && self.until.is_none_or(|until| time < until)
-    }
-
-    /// Writes what belongs to the export, and finds out where to go on.
-    fn take(&mut self, mut entries: Vec<Entry>) -> String {
-        let read = entries.len();
-        entries.retain(|entry| self.wants(entry.sequence, entry.time));
-        let end = entries.last().map(|entry| entry.sequence);
-        self.next = end.filter(|end| entries.len() == read && *end < self.last_seq);
-        self.format.all(&valid(&entries))
-    }
-}
-
-fn too_many(wait: Duration) -> Problem {
-    let detail = "too much of the history is being read at this moment";
-    Problem::too_many_requests(detail, wait)
 }
 
 #[cfg(test)]

@@ -1,18 +1,20 @@
 //! Errors as HTTP: problem documents (RFC 9457). This is the only place that makes them.
 
-use std::fmt;
-use std::time::Duration;
-
 use serde_json::json;
-use warp::http::{HeaderName, HeaderValue, StatusCode, header};
+use warp::Reply;
+use warp::http::response::Builder;
+use warp::http::{HeaderName, StatusCode, header};
 use warp::reply::Response;
 
-/// Why a request is not answered as asked. The detail is for the client.
+/// What a request gets, or why it fails.
+pub type Result<T> = std::result::Result<T, Problem>;
+
+/// Why a request fails. The detail is for the client.
 #[derive(Debug)]
 pub struct Problem {
     status: StatusCode,
-    detail: String,
-    header: Option<(HeaderName, HeaderValue)>,
+    pub detail: String,
+    header: Option<(HeaderName, &'static str)>,
 }
 
 impl Problem {
@@ -20,9 +22,8 @@ impl Problem {
         Self { status, detail: detail.into(), header: None }
     }
 
-    fn with(mut self, name: HeaderName, value: impl Into<HeaderValue>) -> Self {
-        self.header = Some((name, value.into()));
-        self
+    fn with(self, name: HeaderName, value: &'static str) -> Self {
+        Self { header: Some((name, value)), ..self }
     }
 
     /// 400: what is wrong, and what is allowed.
@@ -33,14 +34,13 @@ impl Problem {
     /// 401 for a request without a token (RFC 6750, section 3).
     pub fn token_missing() -> Self {
         Self::new(StatusCode::UNAUTHORIZED, "this needs a token: Authorization: Bearer ...")
-            .with(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"evenodd\""))
+            .with(header::WWW_AUTHENTICATE, "Bearer realm=\"evenodd\"")
     }
 
-    /// 401 for a token that does not do. What is wrong with it is nobody's business.
+    /// 401 for a token that is not valid. It does not say why.
     pub fn token_invalid() -> Self {
-        let challenge = "Bearer realm=\"evenodd\", error=\"invalid_token\"";
         Self::new(StatusCode::UNAUTHORIZED, "the token is not valid")
-            .with(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge))
+            .with(header::WWW_AUTHENTICATE, "Bearer realm=\"evenodd\", error=\"invalid_token\"")
     }
 
     /// 404.
@@ -51,25 +51,18 @@ impl Problem {
     /// 405: everything here is for reading.
     pub fn method_not_allowed() -> Self {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are allowed")
-            .with(header::ALLOW, HeaderValue::from_static("GET, HEAD, OPTIONS"))
+            .with(header::ALLOW, "GET, HEAD, OPTIONS")
     }
 
-    /// 429: more is asked for than is good for the broker; when to try again.
-    pub fn too_many_requests(detail: impl Into<String>, wait: Duration) -> Self {
-        Self::new(StatusCode::TOO_MANY_REQUESTS, detail)
-            .with(header::RETRY_AFTER, wait.as_secs().max(1))
+    /// 429: the limit on reads of the history is reached; when to try again.
+    pub fn too_many_reads(retry_after_s: &'static str) -> Self {
+        let detail = "too much of the history is being read at this moment";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, detail).with(header::RETRY_AFTER, retry_after_s)
     }
 
     /// 503: not now; try again in a second.
     pub fn unavailable(detail: impl Into<String>) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, detail)
-            .with(header::RETRY_AFTER, HeaderValue::from_static("1"))
-    }
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.detail)
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, detail).with(header::RETRY_AFTER, "1")
     }
 }
 
@@ -81,12 +74,13 @@ impl From<Problem> for Response {
             "status": problem.status.as_u16(),
             "detail": problem.detail,
         });
-        let mut response = Self::new(format!("{body}\n").into());
-        *response.status_mut() = problem.status;
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        headers.extend(problem.header);
-        response
+        let mut head = Builder::new()
+            .status(problem.status)
+            .header(header::CONTENT_TYPE, "application/problem+json")
+            .header(header::CACHE_CONTROL, "no-store");
+        if let Some((name, value)) = problem.header {
+            head = head.header(name, value);
+        }
+        head.body(format!("{body}\n")).into_response()
     }
 }

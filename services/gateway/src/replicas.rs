@@ -1,12 +1,13 @@
-//! Which replicas of which service are alive, and who did the latest tick.
+//! Which replicas of which service are alive, and the latest tick.
 //!
-//! They are asked through the NATS Services API (ADR-32), all at once and in the background: a
+//! All replicas are asked at once through the NATS Services API (ADR-32), in the background: a
 //! request for the list costs the broker nothing.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use async_nats::{Client, Subscriber};
+use anyhow::Context;
+use async_nats::Client;
 use bytes::Bytes;
 use contract::{Draw, Message, subjects};
 use futures::StreamExt;
@@ -17,24 +18,31 @@ use time::format_description::well_known::Rfc3339;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-/// How often all are asked.
+/// How often the replicas are asked.
 const ROUND: Duration = Duration::from_secs(1);
-/// A replica that has not answered for this long is gone.
+/// A replica that has not answered for this long is not listed.
 const GONE: Duration = Duration::from_millis(2500);
-/// More are not listed.
+/// The maximum number of replicas that are listed.
 const MAX_REPLICAS: usize = 1000;
-/// An answer that is longer is not read.
+/// The maximum size of an answer; longer ones are ignored.
 const MAX_ANSWER: usize = 4096;
 
-/// An answer to `$SRV.STATS`.
-#[derive(Deserialize)]
-struct Stats {
+/// A replica: its answer to `$SRV.STATS`, and what clients see of it.
+#[derive(Deserialize, Serialize)]
+struct Replica {
+    #[serde(rename(serialize = "service"))]
     name: String,
     id: String,
     version: String,
     started: String,
-    #[serde(default)]
+    #[serde(skip_deserializing)]
+    requests: u64,
+    #[serde(skip_deserializing)]
+    errors: u64,
+    #[serde(default, skip_serializing)]
     endpoints: Vec<Endpoint>,
+    #[serde(skip, default = "Instant::now")]
+    heard: Instant,
 }
 
 #[derive(Deserialize)]
@@ -45,20 +53,7 @@ struct Endpoint {
     num_errors: u64,
 }
 
-/// A replica, as clients see it.
-#[derive(Serialize)]
-struct Replica {
-    service: String,
-    id: String,
-    version: String,
-    started: String,
-    requests: u64,
-    errors: u64,
-    #[serde(skip)]
-    heard: Instant,
-}
-
-/// The answer, and when it was made; `None` until the replicas were heard.
+/// The response body, and when it was made; `None` until the first replica was heard.
 pub type List = Option<(Bytes, Instant)>;
 
 #[derive(Serialize)]
@@ -68,104 +63,72 @@ struct Body<'a> {
     replicas: Vec<&'a Replica>,
 }
 
-/// The task that keeps the list.
-pub struct Replicas {
-    client: Client,
-    inbox: String,
-    answers: Subscriber,
-    ticks: Subscriber,
-    known: BTreeMap<(String, String), Replica>,
-    latest_tick: Option<Draw>,
-    list: watch::Sender<List>,
-}
-
-impl Replicas {
-    /// Listens, and gives the list as it will be kept: empty until it is known.
-    ///
-    /// # Errors
-    /// If the connection was closed.
-    pub async fn new(client: Client) -> anyhow::Result<(Self, watch::Receiver<List>)> {
-        let inbox = connection::inbox(&client);
-        let (list, receiver) = watch::channel(None);
-        let replicas = Self {
-            answers: client.subscribe(inbox.clone()).await?,
-            ticks: client.subscribe(subjects::DONE).await?,
-            client,
-            inbox,
-            known: BTreeMap::new(),
-            latest_tick: None,
-            list,
-        };
-        Ok((replicas, receiver))
-    }
-
-    /// Asks and listens for ever.
-    ///
-    /// # Errors
-    /// If the connection was closed for good.
-    pub async fn run(mut self) -> anyhow::Result<()> {
-        let mut rounds = tokio::time::interval(ROUND);
-        rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                _ = rounds.tick() => {
-                    // Without the broker nobody knows who is alive: the list gets old.
-                    if connection::is_connected(&self.client) {
-                        self.render();
-                        let inbox = self.inbox.clone();
-                        self.client.publish_with_reply("$SRV.STATS", inbox, "".into()).await?;
-                    }
+/// Asks and listens for ever, and keeps the list.
+///
+/// # Errors
+/// If the connection was closed for good.
+pub async fn run(client: &Client, list: &watch::Sender<List>) -> anyhow::Result<()> {
+    const CLOSED: &str = "the connection to NATS was closed";
+    let inbox = connection::inbox(client);
+    let mut answers = client.subscribe(inbox.clone()).await?;
+    let mut ticks = client.subscribe(subjects::DONE).await?;
+    let mut known = Known::default();
+    let mut rounds = tokio::time::interval(ROUND);
+    rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            // Without the broker the list stays as it is, and gets old.
+            _ = rounds.tick() => if connection::is_connected(client) {
+                if let Some(body) = known.render() {
+                    list.send_replace(Some((body, Instant::now())));
                 }
-                answer = self.answers.next() => match answer {
-                    Some(answer) => self.heard(&answer.payload),
-                    None => anyhow::bail!("the connection to NATS was closed"),
-                },
-                tick = self.ticks.next() => match tick {
-                    Some(tick) => {
-                        let tick = Draw::decode(&tick.payload).ok();
-                        self.latest_tick = tick.or(self.latest_tick.take());
-                    }
-                    None => anyhow::bail!("the connection to NATS was closed"),
-                },
+                client.publish_with_reply("$SRV.STATS", inbox.clone(), "".into()).await?;
+            },
+            answer = answers.next() => known.hear(&answer.context(CLOSED)?.payload),
+            tick = ticks.next() => {
+                let tick = Draw::decode(&tick.context(CLOSED)?.payload).ok();
+                known.latest_tick = tick.or(known.latest_tick.take());
             }
         }
     }
+}
 
-    fn heard(&mut self, payload: &[u8]) {
-        // What is no such answer is somebody else's.
-        let (true, Ok(stats)) =
-            (payload.len() <= MAX_ANSWER, serde_json::from_slice::<Stats>(payload))
-        else {
-            return;
-        };
-        let key = (stats.name.clone(), stats.id.clone());
-        if self.known.len() >= MAX_REPLICAS && !self.known.contains_key(&key) {
+/// What was heard.
+#[derive(Default)]
+struct Known {
+    /// By service and id.
+    replicas: BTreeMap<(String, String), Replica>,
+    latest_tick: Option<Draw>,
+}
+
+impl Known {
+    fn hear(&mut self, payload: &[u8]) {
+        if payload.len() > MAX_ANSWER {
             return;
         }
-        let replica = Replica {
-            service: stats.name,
-            id: stats.id,
-            version: stats.version,
-            started: stats.started,
-            requests: stats.endpoints.iter().map(|e| e.num_requests).sum(),
-            errors: stats.endpoints.iter().map(|e| e.num_errors).sum(),
-            heard: Instant::now(),
-        };
-        self.known.insert(key, replica);
+        // Anyone on the broker may send something else.
+        let Ok(mut replica) = serde_json::from_slice::<Replica>(payload) else { return };
+        for endpoint in &replica.endpoints {
+            replica.requests = replica.requests.saturating_add(endpoint.num_requests);
+            replica.errors = replica.errors.saturating_add(endpoint.num_errors);
+        }
+        let key = (replica.name.clone(), replica.id.clone());
+        if self.replicas.len() < MAX_REPLICAS || self.replicas.contains_key(&key) {
+            self.replicas.insert(key, replica);
+        }
     }
 
-    /// Writes the list down. Until the first answers had time to come there is none.
-    fn render(&mut self) {
-        self.known.retain(|_, replica| replica.heard.elapsed() < GONE);
-        if self.known.is_empty() {
-            return;
+    /// The list of the replicas that are alive; `None` until the first answers have arrived.
+    fn render(&mut self) -> Option<Bytes> {
+        self.replicas.retain(|_, replica| replica.heard.elapsed() < GONE);
+        if self.replicas.is_empty() {
+            return None;
         }
         let body = serde_json::to_string(&Body {
             as_of: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
             latest_tick: self.latest_tick.as_ref(),
-            replicas: self.known.values().collect(),
+            replicas: self.replicas.values().collect(),
         });
-        let body = body.unwrap_or_default() + "\n";
-        self.list.send_replace(Some((body.into(), Instant::now())));
+        Some((body.unwrap_or_default() + "\n").into())
     }
 }

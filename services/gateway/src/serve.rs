@@ -1,5 +1,5 @@
-//! The loop over connections. Made by hand because `warp::serve` has no timer: it would keep a
-//! client that never sends its request for ever (docs/adr/0005-a-serve-loop-of-our-own.md).
+//! The loop over connections. `warp::serve` has no timer: it would keep a client that never sends
+//! its request for ever (docs/adr/0005-a-serve-loop-of-our-own.md).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,30 +14,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::SockRef;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
-use warp::filters::BoxedFilter;
-use warp::reply::Response;
 
+use crate::gateway::Gateway;
 use crate::problem::Problem;
+use crate::routes;
 
-/// What one client, and all of them together, may take.
-#[derive(Clone, Copy, Debug)]
-pub struct Bounds {
-    /// How many connections are open at once; further ones wait in the listen queue.
-    pub connections: u32,
-    /// How long the head of a request may take, from the opening of the connection or the end of
-    /// the request before.
-    pub header_time: Duration,
-    /// How many bytes the head of a request may have.
-    pub header_bytes: usize,
-    /// How long a client may take nothing of what is sent to it.
-    pub stall: Duration,
-    /// How long open requests may take to finish after the shutdown.
-    pub drain: Duration,
-}
-
-/// The most that the kernel holds for a client that does not read (it doubles the number).
+/// The size of a connection's send buffer in the kernel, which doubles the number. It bounds what a
+/// client that does not read can hold.
 const SEND_BUFFER: usize = 64 * 1024;
 
 /// The pause after an accept that failed.
@@ -46,24 +30,18 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 /// Raises the soft limit of open files to what the connections need, as far as the hard limit
 /// allows.
 pub fn raise_file_limit(connections: u32) {
-    // The broker, the log, the listener and the runtime need some as well.
+    // The connection to the broker, the log, the listener and the runtime need some as well.
     let wanted = u64::from(connections) + 64;
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return;
-    };
-    let raised = wanted.min(hard);
-    if soft < wanted && setrlimit(Resource::RLIMIT_NOFILE, raised.max(soft), hard).is_err()
-        || raised < wanted
-    {
-        warn!(
-            hard,
-            connections, "fewer connections fit than --max-connections allows: see ulimit -n"
-        );
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    let limit = soft.max(wanted.min(hard));
+    if setrlimit(Resource::RLIMIT_NOFILE, limit, hard).is_err() || limit < wanted {
+        let what = "fewer connections fit than --max-connections allows: see ulimit -n";
+        warn!(hard, connections, "{what}");
     }
 }
 
-/// Bounds what a client that does not read can hold, and for how long. Connections have this from
-/// the listener.
+/// Bounds how much a client that does not read can hold, and for how long. Connections inherit this
+/// from the listener.
 fn bound_sending(listener: &TcpListener, stall: Duration) {
     let socket = SockRef::from(listener);
     let buffer = socket.set_send_buffer_size(SEND_BUFFER);
@@ -74,57 +52,50 @@ fn bound_sending(listener: &TcpListener, stall: Duration) {
     }
 }
 
-/// Serves until `shutdown`, then lets open requests finish within the bound.
-pub async fn serve(
-    listener: TcpListener,
-    routes: BoxedFilter<(Response,)>,
-    bounds: Bounds,
-    shutdown: CancellationToken,
-) {
-    let permits = Arc::new(Semaphore::new(bounds.connections as usize));
+/// Serves until the gateway closes, then lets open requests finish by the deadline of its shutdown.
+pub async fn serve(listener: TcpListener, gateway: Arc<Gateway>) {
+    let Gateway { options, shutdown, closing, .. } = &*gateway;
+    let permits = Arc::new(Semaphore::new(options.max_connections as usize));
     let open = GracefulShutdown::new();
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
-        .header_read_timeout(bounds.header_time)
-        .max_buf_size(bounds.header_bytes);
-    bound_sending(&listener, bounds.stall);
+        .header_read_timeout(options.header_ms)
+        .max_buf_size(options.header_bytes as usize);
+    bound_sending(&listener, options.request_ms);
+    let filters = TowerToHyperService::new(warp::service(routes::all(gateway.clone())));
+    let service = service_fn(move |request: hyper::Request<Incoming>| {
+        let filters = filters.clone();
+        async move {
+            // CONNECT, for instance. warp's filters panic without a path.
+            if request.uri().path_and_query().is_none() {
+                return Ok(Problem::bad_request("the request names no path").into());
+            }
+            filters.call(request).await
+        }
+    });
     loop {
         let accept = async {
             // The semaphore is never closed.
             let permit = permits.clone().acquire_owned().await.ok();
             (listener.accept().await, permit)
         };
-        let (accepted, permit) = tokio::select! {
-            accepted = accept => accepted,
-            () = shutdown.cancelled() => break,
-        };
+        let Some((accepted, permit)) = closing.run_until_cancelled(accept).await else { break };
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Most likely no file descriptor is left; connections that end free some.
+                // Most likely no file descriptor is left until another connection ends.
                 warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        // Without it, it is only slower.
+        // If this fails, the connection is only slower.
         let _ = stream.set_nodelay(true);
-        let filters = TowerToHyperService::new(warp::service(routes.clone()));
-        let service = service_fn(move |request: hyper::Request<Incoming>| {
-            let filters = filters.clone();
-            async move {
-                // CONNECT and the like; warp's filters need a path.
-                if request.uri().path_and_query().is_none() {
-                    return Ok(Problem::bad_request("the request names no path").into());
-                }
-                filters.call(request).await
-            }
-        });
-        let connection = builder.serve_connection(TokioIo::new(stream), service);
+        let connection = builder.serve_connection(TokioIo::new(stream), service.clone());
         let connection = open.watch(connection);
         tokio::spawn(async move {
-            // A client that is slow, gone or wrong is no news for an operator.
+            // An operator need not know of a client that is slow, gone or misbehaving.
             if let Err(error) = connection.await {
                 debug!(%error, "connection");
             }
@@ -133,7 +104,8 @@ pub async fn serve(
     }
     drop(listener);
     let still_open = open.count();
-    if tokio::time::timeout(bounds.drain, open.shutdown()).await.is_err() {
-        warn!(still_open, "connections were cut at the end of the drain");
+    let deadline = shutdown.begun().await;
+    if tokio::time::timeout_at(deadline, open.shutdown()).await.is_err() {
+        warn!(still_open, "connections were cut at the deadline of the shutdown");
     }
 }

@@ -1,118 +1,33 @@
-//! The last 100 numbers, rendered once for every message and then only copied.
+//! The last 100 records, rendered once for every message and then only copied.
 
 use std::collections::VecDeque;
-use std::fmt::Write;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use bytes::Bytes;
 use contract::streams::NUMBERS;
-use contract::{Message, Product};
-use runtime::history::{Entry, Start};
-use serde::Serialize;
+use runtime::history::Start;
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
-use tokio::sync::watch;
-use tokio::time::Instant;
-use warp::http::{HeaderMap, HeaderValue};
+use warp::http::HeaderMap;
 
 use crate::encoding::Encoded;
+use crate::format::Format;
+use crate::record::Record;
 
-/// How many numbers a snapshot holds.
+/// How many records a snapshot holds.
 pub const LAST: usize = 100;
 
-/// The gateway is behind when it has not heard from the stream for this long; it looks every
-/// second.
-pub const STALE: Duration = Duration::from_secs(3);
-
-/// How long a client that has seen more than this replica waits for it to catch up.
-pub const CATCH_UP: Duration = Duration::from_secs(1);
-
-/// One published number, as clients see it.
-#[derive(Clone, Debug, Serialize)]
-pub struct Number {
-    /// Its place in the stream.
-    pub seq: u64,
-    #[serde(flatten)]
-    product: Product,
-    published_at: String,
-    /// When the stream stored it.
-    #[serde(skip)]
-    pub time: OffsetDateTime,
-}
-
-impl Number {
-    /// The number that a message holds, if it holds one.
-    ///
-    /// # Errors
-    /// What is wrong with it.
-    pub fn from_entry(entry: &Entry) -> anyhow::Result<Self> {
-        Ok(Self {
-            seq: entry.sequence,
-            product: Product::decode(&entry.payload)?,
-            published_at: entry.time.format(&Rfc3339)?,
-            time: entry.time,
-        })
-    }
-}
-
-/// How numbers are written one after the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// JSON objects, each with a comma after it.
-    Json,
-    /// JSON objects, one a line.
-    Lines,
-    /// Server-sent events.
-    Events,
-    /// `seq,number,even,odd,published_at`.
-    Csv,
-    /// The bare number.
-    Text,
-}
-
-impl Format {
-    /// Appends one number.
-    pub fn write(self, number: &Number, out: &mut String) {
-        // Integers and a time: they always serialise, and a string takes all that is written.
-        let json = || serde_json::to_string(number).unwrap_or_default();
-        let (seq, value) = (number.seq, number.product.value());
-        let _ = match self {
-            Self::Json => write!(out, "{},", json()),
-            Self::Lines => writeln!(out, "{}", json()),
-            Self::Events => write!(out, "id: {seq}\nevent: number\ndata: {}\n\n", json()),
-            Self::Csv => {
-                let (even, odd) = (number.product.even(), number.product.odd());
-                writeln!(out, "{seq},{value},{even},{odd},{}", number.published_at)
-            }
-            Self::Text => writeln!(out, "{value}"),
-        };
-    }
-
-    /// All of these numbers.
-    pub fn all<'a>(self, numbers: impl IntoIterator<Item = &'a Number>) -> String {
-        let mut out = String::new();
-        for number in numbers {
-            self.write(number, &mut out);
-        }
-        out
-    }
-}
-
-/// The last numbers of one stream, as of one message. Never changed: a new one takes its place.
+/// The last records of one stream, as of one message. It never changes: a new one takes its place.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     /// When the stream was made, which tells it from another one of the same name.
     pub created: OffsetDateTime,
+    /// The same for clients: in nanoseconds since 1970, hexadecimal.
+    pub stream: String,
     /// The last sequence that was read.
     pub last_seq: u64,
-    /// `ETag` of everything that is made of this snapshot: the stream's identity and `last_seq`.
-    pub etag: HeaderValue,
-    /// The snapshot holds every valid number after this sequence.
+    /// The snapshot holds every record after this sequence.
     after: u64,
-    /// The last valid numbers, oldest first.
-    numbers: VecDeque<Number>,
+    /// Oldest first.
+    records: VecDeque<Record>,
     newest_first: Rendered,
     text: Rendered,
     events: Rendered,
@@ -121,54 +36,53 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The snapshot of a stream of which nothing was read, nor will be up to this sequence.
+    /// A snapshot without records, of a stream that is read from after this sequence on.
     pub fn empty(created: OffsetDateTime, after: u64) -> Self {
         Self::new(created, after, VecDeque::new(), after)
     }
 
-    /// The snapshot after more messages: the numbers that they hold, in their order, and the
-    /// sequence of the last of them.
-    pub fn with(&self, more: impl IntoIterator<Item = Number>, last_seq: u64) -> Self {
-        let mut numbers = self.numbers.clone();
-        numbers.extend(more);
-        Self::new(self.created, self.after, numbers, last_seq)
+    /// The snapshot after more messages: the records that they hold, in order, and the sequence of
+    /// the last message.
+    pub fn with(&self, more: impl IntoIterator<Item = Record>, last_seq: u64) -> Self {
+        let (mut after, mut records) = (self.after, self.records.clone());
+        records.extend(more);
+        while records.len() > LAST {
+            after = records.pop_front().map_or(after, |record| record.seq);
+        }
+        Self::new(self.created, after, records, last_seq)
     }
 
-    fn new(
-        created: OffsetDateTime,
-        mut after: u64,
-        mut numbers: VecDeque<Number>,
-        last_seq: u64,
-    ) -> Self {
-        while numbers.len() > LAST {
-            after = numbers.pop_front().map_or(after, |number| number.seq);
-        }
-        let etag = format!("W/\"{}-{last_seq}\"", stream_id(created));
-        let newest_first = Rendered::new(numbers.iter().rev(), Format::Json);
+    fn new(created: OffsetDateTime, after: u64, records: VecDeque<Record>, last_seq: u64) -> Self {
+        let stream = format!("{:x}", created.unix_timestamp_nanos());
+        let newest_first = Rendered::new(records.iter().rev(), Format::Json);
         Self {
             created,
             last_seq,
-            // Digits and a dash: always a valid header.
-            etag: HeaderValue::from_str(&etag).unwrap_or(HeaderValue::from_static("")),
+            stream,
             after,
             full_json: Encoded::new(newest_first.json(last_seq, LAST)),
             newest_first,
-            text: Rendered::new(numbers.iter().rev(), Format::Text),
-            events: Rendered::new(&numbers, Format::Events),
-            lines: Rendered::new(&numbers, Format::Lines),
-            numbers,
+            text: Rendered::new(records.iter().rev(), Format::Text),
+            events: Rendered::new(&records, Format::Events),
+            lines: Rendered::new(&records, Format::Lines),
+            records,
         }
     }
 
-    /// How many valid numbers it holds.
-    pub fn len(&self) -> usize {
-        self.numbers.len()
+    /// Identifies this snapshot among those of all streams.
+    pub fn tag(&self) -> String {
+        format!("{}-{}", self.stream, self.last_seq)
     }
 
-    /// The answer in JSON, with up to `limit` numbers, newest first, and its coding. Only that with
-    /// all of them is there in every coding.
+    /// How many records it holds.
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    /// The response in JSON with up to `limit` records, newest first, and its content coding. Only
+    /// the response with all records is kept compressed.
     pub fn json(&self, limit: usize, headers: &HeaderMap) -> (Bytes, Option<&'static str>) {
-        if limit >= self.numbers.len() {
+        if limit >= self.records.len() {
             return self.full_json.accepted(headers);
         }
         (self.newest_first.json(self.last_seq, limit), None)
@@ -179,148 +93,78 @@ impl Snapshot {
         self.text.first(limit)
     }
 
-    /// Every valid number from there on, oldest first; `None` if there may be more than the
-    /// snapshot holds.
-    pub fn held(&self, start: Start) -> Option<impl Iterator<Item = &Number>> {
-        let (held, from) = match start {
-            Start::Sequence(seq) => {
-                (seq > self.after, self.numbers.partition_point(|number| number.seq < seq))
-            }
-            Start::Time(time) => (
-                self.after == 0 || self.numbers.front().is_some_and(|number| number.time < time),
-                self.numbers.partition_point(|number| number.time < time),
-            ),
+    /// Every record from `start` on, oldest first; `None` if the stream may have more of them than
+    /// the snapshot.
+    pub fn held(&self, start: Start) -> Option<impl Iterator<Item = &Record>> {
+        let is_before = |record: &Record| match start {
+            Start::Sequence(seq) => record.seq < seq,
+            Start::Time(time) => record.time < time,
         };
-        held.then(|| self.numbers.iter().skip(from))
+        let held = match start {
+            Start::Sequence(seq) => seq > self.after,
+            Start::Time(_) => self.after == 0 || self.records.front().is_some_and(is_before),
+        };
+        held.then(|| self.records.range(self.records.partition_point(is_before)..))
     }
 
-    /// Every valid number after a sequence, written as events or else as lines; `None` as above.
+    /// Every record after a sequence, as events or else as lines; `None` as above.
     pub fn feed_after(&self, seq: u64, format: Format) -> Option<Bytes> {
-        let rendered = match format {
-            Format::Events => &self.events,
-            _ => &self.lines,
-        };
-        let position = self.numbers.partition_point(|number| number.seq <= seq);
+        let rendered = if format == Format::Events { &self.events } else { &self.lines };
+        let position = self.records.partition_point(|record| record.seq <= seq);
         (seq >= self.after).then(|| rendered.from(position))
     }
 }
 
-/// What tells a stream from an earlier one of the same name: when it was made, in nanoseconds.
-pub fn stream_id(created: OffsetDateTime) -> String {
-    format!("{:x}", created.unix_timestamp_nanos())
-}
-
-/// Numbers written one after the other, and where each of them ends.
-#[derive(Clone, Debug, Default)]
+/// Records written one after the other.
+#[derive(Clone, Debug)]
 struct Rendered {
     all: Bytes,
-    ends: Vec<usize>,
+    /// Where each record begins, and where the last one ends.
+    bounds: Vec<usize>,
 }
 
 impl Rendered {
-    fn new<'a>(numbers: impl IntoIterator<Item = &'a Number>, format: Format) -> Self {
+    fn new<'a>(records: impl IntoIterator<Item = &'a Record>, format: Format) -> Self {
         let mut all = String::new();
-        let mut ends = Vec::with_capacity(LAST);
-        for number in numbers {
-            format.write(number, &mut all);
-            ends.push(all.len());
+        let mut bounds = vec![0];
+        for record in records {
+            format.write(record, &mut all);
+            bounds.push(all.len());
         }
-        Self { all: all.into(), ends }
+        Self { all: all.into(), bounds }
     }
 
-    /// Where the first `count` of them end.
-    fn end(&self, count: usize) -> usize {
-        let last = count.min(self.ends.len()).checked_sub(1);
-        last.map_or(0, |last| self.ends[last])
+    /// The first `limit` records, or all if there are fewer.
+    fn first(&self, limit: usize) -> Bytes {
+        let count = limit.min(self.bounds.len() - 1);
+        self.all.slice(..self.bounds[count])
     }
 
-    fn first(&self, count: usize) -> Bytes {
-        self.all.slice(..self.end(count))
+    /// The records from this position on.
+    fn from(&self, position: usize) -> Bytes {
+        self.all.slice(self.bounds[position]..)
     }
 
-    /// The answer of `GET /numbers`, of numbers in JSON.
+    /// The response to `GET /numbers`, made of records in JSON.
     fn json(&self, last_seq: u64, limit: usize) -> Bytes {
-        let count = limit.min(self.ends.len());
+        let count = limit.min(self.bounds.len() - 1);
         let items = self.first(count);
         // Without the comma after the last one.
         let items = items.strip_suffix(b",").unwrap_or(&items);
-        let head = format!(
-            "{{\"stream\":\"{NUMBERS}\",\"last_seq\":{last_seq},\"count\":{count},\"numbers\":["
-        );
+        let head =
+            format!(r#"{{"stream":"{NUMBERS}","last_seq":{last_seq},"count":{count},"numbers":["#);
         [head.as_bytes(), items, b"]}\n"].concat().into()
-    }
-
-    fn from(&self, position: usize) -> Bytes {
-        self.all.slice(self.end(position)..)
-    }
-}
-
-/// What the reader knows, for everybody who answers.
-pub struct State {
-    snapshot: watch::Sender<Option<Arc<Snapshot>>>,
-    begun: Instant,
-    /// When the stream last said that there is nothing newer than the snapshot, in milliseconds
-    /// after the beginning; 0 before the first time.
-    confirmed_ms: AtomicU64,
-}
-
-impl State {
-    /// Nothing is known yet.
-    pub fn new() -> Self {
-        Self {
-            snapshot: watch::Sender::new(None),
-            begun: Instant::now(),
-            confirmed_ms: AtomicU64::new(0),
-        }
-    }
-
-    /// The latest snapshot; `None` until the stream was read for the first time.
-    pub fn snapshot(&self) -> Option<Arc<Snapshot>> {
-        self.snapshot.borrow().clone()
-    }
-
-    /// Tells of every new snapshot.
-    pub fn subscribe(&self) -> watch::Receiver<Option<Arc<Snapshot>>> {
-        self.snapshot.subscribe()
-    }
-
-    /// The latest snapshot, after a moment for this replica to catch up if the client has seen a
-    /// later sequence of the same stream.
-    pub async fn snapshot_with(&self, seq: u64) -> Option<Arc<Snapshot>> {
-        let mut snapshots = self.subscribe();
-        let caught_up = snapshots.wait_for(|s| s.as_ref().is_none_or(|s| s.last_seq >= seq));
-        let _ = tokio::time::timeout(CATCH_UP, caught_up).await;
-        self.snapshot()
-    }
-
-    /// How long ago the snapshot was known to be as new as the stream.
-    pub fn age(&self) -> Duration {
-        let confirmed = Duration::from_millis(self.confirmed_ms.load(Ordering::Relaxed));
-        self.begun.elapsed().saturating_sub(confirmed)
-    }
-
-    /// Whether the snapshot is as new as the stream, as far as can be known.
-    pub fn is_current(&self) -> bool {
-        self.confirmed_ms.load(Ordering::Relaxed) > 0 && self.age() < STALE
-    }
-
-    pub(crate) fn replace(&self, snapshot: Arc<Snapshot>) {
-        self.snapshot.send_replace(Some(snapshot));
-    }
-
-    pub(crate) fn confirm(&self) {
-        let ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.confirmed_ms.store(ms.max(1), Ordering::Relaxed);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use runtime::history::Entry;
     use serde_json::Value;
 
-    fn number(seq: u64) -> Number {
-        Number::from_entry(&Entry {
+    fn record(seq: u64) -> Record {
+        Record::new(&Entry {
             sequence: seq,
             time: OffsetDateTime::UNIX_EPOCH,
             message_id: None,
@@ -330,7 +174,7 @@ mod tests {
     }
 
     fn snapshot(count: u64) -> Snapshot {
-        Snapshot::empty(OffsetDateTime::UNIX_EPOCH, 0).with((1..=count).map(number), count)
+        Snapshot::empty(OffsetDateTime::UNIX_EPOCH, 0).with((1..=count).map(record), count)
     }
 
     fn json(snapshot: &Snapshot, limit: usize) -> Bytes {
@@ -398,13 +242,13 @@ mod tests {
     }
 
     #[test]
-    fn the_etag_tells_streams_and_sequences_apart() {
-        let etag = |created, seq| {
+    fn the_tag_tells_streams_and_sequences_apart() {
+        let tag = |created, seq| {
             let created = OffsetDateTime::from_unix_timestamp(created).unwrap();
-            Snapshot::empty(created, seq).etag
+            Snapshot::empty(created, seq).tag()
         };
-        assert_eq!(etag(1, 5), etag(1, 5));
-        assert_ne!(etag(1, 5), etag(1, 6));
-        assert_ne!(etag(1, 5), etag(2, 5));
+        assert_eq!(tag(1, 5), tag(1, 5));
+        assert_ne!(tag(1, 5), tag(1, 6));
+        assert_ne!(tag(1, 5), tag(2, 5));
     }
 }
