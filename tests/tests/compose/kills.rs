@@ -30,8 +30,12 @@ pub async fn any_process_may_be_killed(cluster: Cluster) {
             polled.longest_gap.as_millis(),
         );
         assert_eq!(watched.missed, [], "{container}");
-        // A subscriber at a broker that crashes may hear a record again.
-        assert_eq!(watched.heard_twice_beside(&container), 0, "{container}: {watched:?}");
+        // When the leader of the history crashes, the next leader may send its last message again.
+        let again = usize::from(container.contains("nats-"));
+        assert!(
+            watched.heard_twice.values().all(|count| *count <= again),
+            "{container}: {watched:?}"
+        );
         assert_eq!(watched.without_numbers, [], "{container}");
         // Nothing can be reached until Docker has restarted HAProxy.
         if !container.contains("haproxy") {
