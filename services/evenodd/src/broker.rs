@@ -27,7 +27,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(250);
 /// If there is no connection within `timeout`.
 pub async fn connect(nats: &NatsSettings, flag: &str, timeout: Duration) -> anyhow::Result<Client> {
     let client = connection::connect(nats, USER, "evenodd").await?;
-    let is_connected = connection::wait_until_connected(&client, timeout).await;
+    let is_connected = connection::flush(&client, timeout).await;
     ensure!(is_connected, "NATS is not reachable; see {flag} (is the broker running?)");
     Ok(client)
 }

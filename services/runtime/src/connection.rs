@@ -97,9 +97,9 @@ pub fn inbox(client: &Client) -> String {
     format!("{}.{:032x}", client.new_inbox(), rand::random::<u128>())
 }
 
-/// Waits up to `limit` for the connection. Returns whether it is established.
-pub async fn wait_until_connected(client: &Client, limit: Duration) -> bool {
-    // A flush completes only once the client is connected.
+/// Waits up to `limit` until the client has sent everything, which takes a connection. Returns
+/// whether it has.
+pub async fn flush(client: &Client, limit: Duration) -> bool {
     tokio::time::timeout(limit, client.flush()).await.is_ok_and(|flushed| flushed.is_ok())
 }
 

@@ -162,8 +162,7 @@ async fn run<S: Service>(service: S) -> anyhow::Result<()> {
     }
     anyhow::ensure!(shutdown.has_begun(), "the service ended without a signal");
     if connection::is_connected(&client) {
-        // Sends what was published last.
-        let _ = tokio::time::timeout(Duration::from_secs(1), client.flush()).await;
+        connection::flush(&client, Duration::from_secs(1)).await;
     }
     info!("stopped");
     Ok(())
