@@ -146,8 +146,12 @@ impl Reader<'_> {
         while let Some(snapshot) = &self.snapshot
             && let Some(more) = self.read_after(snapshot).await?
         {
+            let is_full = more.last_seq - snapshot.last_seq >= MAX_BATCH as u64;
             self.publish(more);
             found = true;
+            if !is_full {
+                break;
+            }
         }
         Ok(found)
     }
