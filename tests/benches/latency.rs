@@ -28,8 +28,7 @@ async fn main() {
     let scratch = Scratch::new();
     let brokers = Brokers::start(&scratch).await;
     let url = brokers.url();
-    let args = ["provision", "--replicas", "3", "--nats", &url];
-    assert!(Process::start(&scratch, "evenodd", &args).wait().await.success());
+    brokers.provision(&scratch).await;
     whole_path("three brokers", &scratch, &url, &brokers.client_of(0).await).await;
 }
 

@@ -52,6 +52,13 @@ impl Brokers {
         Self { nodes, urls }
     }
 
+    /// Creates both streams, with a replica on each server.
+    pub async fn provision(&self, scratch: &Scratch) {
+        let args = ["provision", "--replicas", "3", "--nats", &self.url()];
+        let mut provision = Process::start(scratch, "evenodd", &args);
+        assert!(provision.wait().await.success(), "{}", provision.log());
+    }
+
     /// Where clients connect, separated by commas.
     #[must_use]
     pub fn url(&self) -> String {

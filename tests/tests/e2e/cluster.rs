@@ -35,9 +35,7 @@ impl Cluster {
         let scratch = Scratch::new();
         let brokers = Brokers::start(&scratch).await;
         let url = brokers.url();
-        let args = ["provision", "--replicas", "3", "--nats", &url];
-        let mut provision = Process::start(&scratch, "evenodd", &args);
-        assert!(provision.wait().await.success(), "{}", provision.log());
+        brokers.provision(&scratch).await;
         let (mut clients, mut heard) = (Vec::new(), Vec::new());
         for node in 0..COUNT {
             let client = brokers.client_of(node).await;

@@ -274,9 +274,7 @@ async fn reads_succeed_in_spite_of_a_silent_replica() {
     let scratch = Scratch::new();
     let brokers = Brokers::start(&scratch).await;
     let url = brokers.url();
-    let args = ["provision", "--replicas", "3", "--nats", &url];
-    let mut provision = tests::Process::start(&scratch, "evenodd", &args);
-    assert!(provision.wait().await.success(), "{}", provision.log());
+    brokers.provision(&scratch).await;
     let client = brokers.client_of(0).await;
     for slot in 1..=3000 {
         tests::publish(&client, slot).await;
