@@ -15,13 +15,13 @@ mod update;
 use std::net::TcpListener;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Instant;
 
 use async_nats::Client;
 use futures::FutureExt;
-use tests::cluster::{self, HTTP, Keys, NATS, PROJECT, compose, in_time, is_whole};
-use tests::{Scratch, repository};
+use tests::Scratch;
+use tests::cluster::{self, HTTP, Keys, NATS, compose, in_time, is_whole};
 
 /// The running cluster.
 pub struct Cluster {
@@ -106,11 +106,7 @@ async fn main() -> ExitCode {
         }
         println!("{name} ok ({} s)", begun.elapsed().as_secs());
     }
-    // The engine sometimes keeps the network, because it still counts a container that it has removed.
-    // That says nothing about the cluster.
-    let mut down = Command::new("docker");
-    down.args(["compose", "--project-name", PROJECT, "down", "--volumes"]);
-    down.current_dir(repository()).status().unwrap();
+    compose(&["down", "--volumes"]);
     assert!(cluster::containers("").is_empty());
     ExitCode::SUCCESS
 }

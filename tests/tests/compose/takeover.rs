@@ -6,7 +6,7 @@ use evenodd::streams;
 use runtime::history::{self, MAX_BATCH};
 use runtime::jetstream;
 use std::time::Duration;
-use tests::cluster::{self, BROKERS, HTTP, compose, docker, in_time, ip, network};
+use tests::cluster::{self, BROKERS, HTTP, compose, docker, in_time, inspect, ip, network};
 use tests::http::get;
 use tests::watch;
 
@@ -55,7 +55,15 @@ pub async fn a_history_is_taken_over(cluster: Cluster) {
     let said = tokio::task::block_in_place(|| compose(&takeover));
     println!("  {said}");
     // A crash of all three shows that the copy is on their disks and not only in memory.
-    cluster::crash(&BROKERS.map(cluster::container));
+    let brokers = BROKERS.map(cluster::container);
+    let restarts = || brokers.each_ref().map(|broker| inspect(broker, "{{.RestartCount}}"));
+    let before = restarts();
+    cluster::crash(&brokers);
+    // `up` must not start them while the engine restarts them.
+    in_time("the engine has restarted the brokers", async || {
+        restarts().iter().zip(&before).all(|(now, before)| now != before)
+    })
+    .await;
 
     tokio::task::block_in_place(|| compose(&["up", "--detach"]));
     let cluster = Cluster::attach().await;
