@@ -15,6 +15,8 @@ pub const COUNT: usize = 3;
 pub struct Brokers {
     nodes: Vec<Process>,
     urls: Vec<String>,
+    /// How often one of them was killed.
+    pub kills: usize,
 }
 
 impl Brokers {
@@ -49,7 +51,7 @@ impl Brokers {
             nodes.push(Process::start_command(scratch, "nats-server", command));
         }
         let urls = hosts.iter().map(|host| format!("nats://{host}:{NATS_PORT}")).collect();
-        Self { nodes, urls }
+        Self { nodes, urls, kills: 0 }
     }
 
     /// Creates both streams, with a replica on each server.
@@ -97,6 +99,7 @@ impl Brokers {
 
     /// Sends SIGKILL.
     pub fn kill(&mut self, node: usize) {
+        self.kills += 1;
         self.nodes[node].kill();
     }
 
