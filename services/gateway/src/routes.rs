@@ -134,8 +134,8 @@ async fn numbers(gateway: &Gateway, ask: &mut Ask) -> Answer {
     ask.query.end()?;
     let mut snapshot = gateway.state.snapshot()?;
     let seen = seen_tags(&ask.headers);
-    let stream = format!("{}-", snapshot.stream);
-    let sequences = seen.iter().filter_map(|tag| digits(tag.strip_prefix(&stream)?));
+    let sequence = |tag: &&str| digits(tag.strip_prefix(&*snapshot.stream)?.strip_prefix('-')?);
+    let sequences = seen.iter().filter_map(sequence);
     if let Some(seq) = sequences.max() {
         snapshot = gateway.state.snapshot_with(seq).await?;
     }
@@ -144,8 +144,8 @@ async fn numbers(gateway: &Gateway, ask: &mut Ask) -> Answer {
         // Without an `ETag`: a cache must not confuse the two formats.
         return answer(head, TEXT, snapshot.text(limit));
     }
-    let mut head = head.header(header::ETAG, format!("W/\"{}\"", snapshot.tag()));
-    if seen.iter().any(|tag| *tag == "*" || *tag == snapshot.tag()) {
+    let mut head = head.header(header::ETAG, format!("W/\"{}\"", snapshot.tag));
+    if seen.iter().any(|tag| *tag == "*" || *tag == snapshot.tag) {
         return Ok(head.status(StatusCode::NOT_MODIFIED).body("").into_response());
     }
     let (body, coding) = snapshot.json(limit, &ask.headers);

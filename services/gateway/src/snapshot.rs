@@ -24,6 +24,8 @@ pub struct Snapshot {
     pub stream: String,
     /// The last sequence that was read.
     pub last_seq: u64,
+    /// Identifies this snapshot among those of all streams.
+    pub tag: String,
     /// The snapshot holds every record after this sequence.
     after: u64,
     /// Oldest first.
@@ -58,6 +60,7 @@ impl Snapshot {
         Self {
             created,
             last_seq,
+            tag: format!("{stream}-{last_seq}"),
             stream,
             after,
             full_json: Encoded::new(newest_first.json(last_seq, LAST)),
@@ -67,11 +70,6 @@ impl Snapshot {
             lines: Rendered::new(&records, Format::Lines),
             records,
         }
-    }
-
-    /// Identifies this snapshot among those of all streams.
-    pub fn tag(&self) -> String {
-        format!("{}-{}", self.stream, self.last_seq)
     }
 
     /// How many records it holds.
@@ -245,7 +243,7 @@ mod tests {
     fn the_tag_tells_streams_and_sequences_apart() {
         let tag = |created, seq| {
             let created = OffsetDateTime::from_unix_timestamp(created).unwrap();
-            Snapshot::empty(created, seq).tag()
+            Snapshot::empty(created, seq).tag
         };
         assert_eq!(tag(1, 5), tag(1, 5));
         assert_ne!(tag(1, 5), tag(1, 6));
