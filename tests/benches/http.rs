@@ -355,7 +355,7 @@ fn product(slot: u64) -> Product {
 
 /// Starts a gateway, waits until it is ready, and returns it with its address.
 async fn ready(pipeline: &Pipeline) -> (Process, String) {
-    let (process, address) = pipeline.gateway().await;
+    let (process, address) = tests::gateway(&pipeline.scratch, &pipeline.broker.url(), &[]).await;
     while !get(&address, "/readyz", "Accept: */*").await.starts_with(b"HTTP/1.1 200 ") {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
