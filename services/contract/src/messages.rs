@@ -12,25 +12,10 @@ use serde::{Deserialize, Serialize};
 use crate::slot::Slot;
 use crate::{THRESHOLD, subjects};
 
-/// Why a payload could not be decoded.
+/// What is wrong with a payload that could not be decoded.
 #[derive(Debug, thiserror::Error)]
-pub enum DecodeError {
-    /// The payload is not JSON, lacks a field, or has values that are invalid or contradict each
-    /// other.
-    #[error("not a valid message: {0}")]
-    Json(#[from] serde_json::Error),
-    /// The factor has the wrong parity or is out of range.
-    #[error("{factor} is not an {parity} number from {} to {}", .parity.range().start(), .parity.range().end())]
-    WrongFactor {
-        /// The expected parity.
-        parity: Parity,
-        /// The factor that was received.
-        factor: u64,
-    },
-    /// The fields contradict each other.
-    #[error("{0}")]
-    Contradiction(String),
-}
+#[error("{0}")]
+pub struct DecodeError(String);
 
 /// A message whose payload is JSON.
 pub trait Message: Serialize + DeserializeOwned {
@@ -42,11 +27,14 @@ pub trait Message: Serialize + DeserializeOwned {
     /// Decodes a payload.
     ///
     /// # Errors
-    /// [`DecodeError::Json`] if the payload is not this message: other JSON, a wrong product, a
-    /// factor out of range.
+    /// If the payload is not this message: other JSON, a wrong product, a factor out of range.
     fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        Ok(serde_json::from_slice(payload)?)
+        from_json(payload)
     }
+}
+
+fn from_json<T: DeserializeOwned>(payload: &[u8]) -> Result<T, DecodeError> {
+    serde_json::from_slice(payload).map_err(|error| DecodeError(error.to_string()))
 }
 
 /// The two kinds of factor.
@@ -94,12 +82,15 @@ impl Parity {
     /// Returns the factor if it has this parity and is in range.
     ///
     /// # Errors
-    /// [`DecodeError::WrongFactor`] if it is not.
+    /// If it does not.
     pub fn check(self, factor: u64) -> Result<u16, DecodeError> {
+        let (first, last) = self.range().into_inner();
         u16::try_from(factor)
             .ok()
-            .filter(|n| self.range().contains(n) && n % 2 == self.range().start() % 2)
-            .ok_or(DecodeError::WrongFactor { parity: self, factor })
+            .filter(|n| self.range().contains(n) && n % 2 == first % 2)
+            .ok_or_else(|| {
+                DecodeError(format!("{factor} is not an {self} number from {first} to {last}"))
+            })
     }
 
     /// Encodes a reply with this factor.
@@ -111,15 +102,13 @@ impl Parity {
     /// Decodes a reply and returns its factor.
     ///
     /// # Errors
-    /// [`DecodeError`] if the payload is not a reply, or if its factor has the wrong parity or is
-    /// out of range.
+    /// If the payload is not a reply, or if its factor has the wrong parity or is out of range.
     pub fn decode_reply(self, payload: &[u8]) -> Result<u16, DecodeError> {
         #[derive(Deserialize)]
         struct Reply {
             number: u64,
         }
-        let reply: Reply = serde_json::from_slice(payload)?;
-        self.check(reply.number)
+        self.check(from_json::<Reply>(payload)?.number)
     }
 }
 
@@ -150,7 +139,7 @@ impl Product {
     /// The product of two factors.
     ///
     /// # Errors
-    /// [`DecodeError::WrongFactor`] if one is not of its parity or not in its range.
+    /// If one is not of its parity or not in its range.
     pub fn new(even: u64, odd: u64) -> Result<Self, DecodeError> {
         Ok(Self { even: Parity::Even.check(even)?, odd: Parity::Odd.check(odd)? })
     }
@@ -197,7 +186,7 @@ impl TryFrom<ProductFields> for Product {
         if u64::from(value) == number {
             Ok(product)
         } else {
-            Err(DecodeError::Contradiction(format!("{even} x {odd} is {value}, not {number}")))
+            Err(DecodeError(format!("{even} x {odd} is {value}, not {number}")))
         }
     }
 }
@@ -298,7 +287,7 @@ impl TryFrom<DrawFields> for Draw {
             Ok(draw)
         } else {
             let what = format!("product and outcome are {:?}, not {right:?}", (product, outcome));
-            Err(DecodeError::Contradiction(what))
+            Err(DecodeError(what))
         }
     }
 }
