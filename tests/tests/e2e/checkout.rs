@@ -28,3 +28,15 @@ fn documented_secrets_are_ignored() {
     }
     assert!(!ignored("secrets/README"));
 }
+
+/// A missing pip is found before the build, which takes minutes.
+#[test]
+fn nats_server_is_looked_for_before_the_build() {
+    for target in ["run", "test", "test-page", "test-api"] {
+        let mut make = Command::new("make");
+        make.args(["--dry-run", "--no-print-directory", target]).current_dir(repository());
+        let commands = String::from_utf8(make.output().unwrap().stdout).unwrap();
+        let (install, build) = (commands.find("nats/install"), commands.find(" build "));
+        assert!(install.is_some() && install < build, "{target}: {commands}");
+    }
+}
