@@ -10,14 +10,15 @@ unexport CARGO_TARGET_DIR
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-run: ## run the whole pipeline on this machine (options: make run ARGS="--http 127.0.0.1:9090")
+run: ## run the whole pipeline on this machine (its options: make run ARGS=--help)
+	@nats/install >/dev/null
 	$(CARGO) build --locked --release --workspace --bins
 	@server="$$(nats/install)" && exec target/release/evenodd up --nats-server "$$server" $(ARGS)
 
 test: ## run all tests, against real nats-servers
 	@nats/install >/dev/null
 	$(CARGO) build --locked --workspace --bins
-	$(CARGO) test --locked --workspace
+	$(CARGO) test --locked --workspace --lib --bins --tests
 
 test-page: ## test the page in a real browser (needs chromium and chromium-driver)
 	@nats/install >/dev/null
@@ -32,7 +33,7 @@ test-api: ## compare the HTTP API with its description, with schemathesis
 test-compose: ## test the cluster in real containers (needs Docker, root, ports 8080 and 4222; only some steps: ARGS="kills cuts")
 	$(CARGO) test --locked --package tests --test compose -- $(ARGS)
 
-check: test ## run the tests, and check format, clippy and documentation
+check: test ## make test, and check format, clippy and documentation (.ci/run runs more)
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
 	RUSTDOCFLAGS="--deny warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items
@@ -53,6 +54,6 @@ down: ## stop the cluster; the history stays in its volumes
 logs: ## follow the logs of the cluster
 	docker compose logs --follow --tail 20
 
-clean: ## remove all build output; the history in ./data stays
+clean: ## remove all build output and the downloaded nats-server; the history in ./data stays
 	$(CARGO) clean
 	rm -rf nats/bin

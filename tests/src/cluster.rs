@@ -31,7 +31,15 @@ pub const USERS: [&str; 5] = ["even", "odd", "multiplier", "gateway", "operator"
 /// If it fails.
 #[must_use]
 pub fn run(program: &str, args: &[&str]) -> String {
-    let output = Command::new(program).args(args).current_dir(repository()).output();
+    run_with(&[], program, args)
+}
+
+fn run_with(variables: &[(&str, &str)], program: &str, args: &[&str]) -> String {
+    let mut command = Command::new(program);
+    command.args(args).current_dir(repository()).envs(variables.iter().copied());
+    // The settings of another cluster on this machine.
+    command.env("COMPOSE_DISABLE_ENV_FILE", "1");
+    let output = command.output();
     let output = output.unwrap_or_else(|e| panic!("{program}: {e}"));
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(
@@ -47,7 +55,12 @@ pub fn run(program: &str, args: &[&str]) -> String {
 
 /// Runs `docker compose` on this project.
 pub fn compose(args: &[&str]) -> String {
-    run("docker", &[&["compose", "--project-name", PROJECT], args].concat())
+    compose_with(&[], args)
+}
+
+/// As [`compose`], with environment variables.
+pub fn compose_with(variables: &[(&str, &str)], args: &[&str]) -> String {
+    run_with(variables, "docker", &[&["compose", "--project-name", PROJECT], args].concat())
 }
 
 /// Runs `docker`.

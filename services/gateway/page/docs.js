@@ -68,9 +68,9 @@ function fieldsOf(given, path = "") {
 function table(label, heads, rows) {
   if (rows.length === 0) return null;
   const head = make("tr", {}, heads.map((text) => make("th", { scope: "col" }, text)));
-  const body = rows.map((cells) => make("tr", {}, cells.map((cell) => make("td", {}, cell))));
-  return make("div", { class: "wide", role: "region", "aria-label": label, tabindex: 0 },
-    make("table", {}, make("thead", {}, head), make("tbody", {}, body)));
+  const body = rows.map((cells) =>
+    make("tr", {}, cells.map((cell, at) => make("td", { "data-head": heads[at] }, cell))));
+  return make("table", { "aria-label": label }, make("thead", {}, head), make("tbody", {}, body));
 }
 
 function content([type, media]) {

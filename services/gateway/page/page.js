@@ -5,15 +5,20 @@ const KEEP = 100;
 const THRESHOLD = 100000;
 const GREATEST = 999000;
 const TICKS_A_MINUTE = 120;
-const POLL_MS = 2000;
+const MINUTE_MS = 60000;
+const POLL_MS = 1000;
+const NO_ANSWER_MS = 1500; // HAProxy asks another gateway after 800 ms
 const QUIET_MS = 15000; // by chance once in a million times: 30 ticks without a number
 const SHOW_LOST_MS = 60000;
+/** What a replica counts; the others count requests. */
+const WORK = { even: "number given", odd: "number given", multiplier: "slot settled" };
 
 const element = (id) => document.getElementById(id);
 const decimal = new Intl.NumberFormat();
 const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium", hourCycle: "h23" });
 
 let numbers = []; // oldest first
+let times = []; // of all that is known from the last minute, and of one before it, oldest first
 let lastSeq = 0;
 let feed = null;
 let restartTimer = 0;
@@ -25,6 +30,9 @@ let replicas = new Map(); // by id, with the time at which each was last listed
 let token = sessionStorage.getItem("token") ?? "";
 
 const serverNow = () => Date.now() + clockOffsetMs;
+
+/** A number of things: "1 slot settled", "2 slots settled". */
+const count = (n, thing) => `${decimal.format(n)} ${n === 1 ? thing : thing.replace(/^\w+/, "$&s")}`;
 
 /** How many of the pairs of an even and an odd number have a product above the threshold. */
 function publishProbability() {
@@ -59,7 +67,10 @@ function show(state, text) {
 async function get(path) {
   const used = token;
   const headers = used ? { Authorization: `Bearer ${used}` } : {};
-  const answer = await fetch(path, { headers, cache: "no-store", signal: AbortSignal.timeout(5000) });
+  const request = fetch(path, { headers, cache: "no-store", signal: AbortSignal.timeout(5000) });
+  // The feed of a frozen gateway only falls silent.
+  const late = setTimeout(() => show("disconnected", "disconnected: no answer"), NO_ANSWER_MS);
+  const answer = await request.finally(() => clearTimeout(late));
   const date = Date.parse(answer.headers.get("date"));
   if (date) clockOffsetMs = date - Date.now();
   // An answer to a token that was replaced meanwhile says nothing.
@@ -90,6 +101,7 @@ async function start() {
       return;
     }
     numbers = body.numbers.reverse();
+    times = numbers.map(({ published_at: time }) => Date.parse(time));
     lastSeq = body.last_seq;
     element("access").hidden = true;
     // A link sends no token.
@@ -124,6 +136,7 @@ function follow(stream) {
     if (number.seq <= lastSeq) return;
     lastSeq = number.seq;
     numbers.push(number);
+    times.push(Date.parse(number.published_at));
     numbers.splice(0, numbers.length - KEEP);
     show("live", "live");
     draw();
@@ -148,7 +161,7 @@ async function poll() {
       show(quiet ? "stale" : "live", quiet ? "no new numbers" : "live");
       // A connection that was cut without a word brings nothing any more.
       behind = body.last_seq > lastSeq ? behind + 1 : 0;
-      if (behind > 2) restart();
+      if (behind > 5) restart();
     }
     const list = await get("/replicas");
     if (list.ok) drawReplicas(await list.json());
@@ -230,25 +243,18 @@ function drawChart() {
   chart.replaceChildren(line, ...bars);
   const values = numbers.map(({ number }) => number);
   const [least, most] = [Math.min(...values), Math.max(...values)].map((n) => decimal.format(n));
-  const label = `${values.length} numbers, from ${least} to ${most}`;
+  const label = `${count(values.length, "number")}, from ${least} to ${most}`;
   chart.setAttribute("aria-label", values.length ? label : "No numbers yet");
 }
 
-/** Numbers in the last minute, as far as the last 100 tell. */
+/** What was published in the last minute, or since the oldest time that is known. */
 function drawRate() {
-  const times = numbers.map((number) => serverNow() - Date.parse(number.published_at));
-  const oldest = times[0] ?? 0;
-  const minute = 60000;
-  // If all of them are younger than a minute, there were more, unless these are all there are.
-  const span = oldest < minute && oldest > 0 ? oldest : minute;
-  const count = times.filter((age) => age <= minute).length;
-  const rate = (count * minute) / span;
-  element("rate").textContent = numbers.length ? decimal.format(Math.round(rate)) : "–";
-}
-
-/** What a service counts. */
-function work(service) {
-  return { even: "numbers given", odd: "numbers given", multiplier: "slots settled", gateway: "requests" }[service] ?? "requests";
+  const now = serverNow();
+  while (times[1] < now - MINUTE_MS) times.shift();
+  const seconds = Math.floor((now - times[0]) / 1000);
+  const recent = times.filter((time) => time >= now - MINUTE_MS).length;
+  element("span").textContent = seconds < 60 ? `in the last ${Math.max(seconds, 1)}\u00a0s` : "in the last minute";
+  element("rate").textContent = times.length ? decimal.format(recent) : "–";
 }
 
 function drawReplicas({ replicas: listed, latest_tick: tick }) {
@@ -267,11 +273,17 @@ function drawReplicas({ replicas: listed, latest_tick: tick }) {
     const items = all.map((replica) => {
       const lost = replica.at !== now;
       const ticked = !lost && replica.id === tick?.multiplier;
-      const done = `${decimal.format(replica.requests)} ${work(name)}, ${decimal.format(replica.errors)} failed`;
-      const note = lost ? "lost" : ticked ? `${done}; drew the latest tick` : done;
       const kind = lost ? "lost" : ticked ? "ticked" : "alive";
       const attributes = { class: kind, title: `${replica.id}, since ${replica.started}` };
-      return make("li", attributes, replica.id.slice(-6), make("small", {}, note));
+      return make(
+        "li",
+        attributes,
+        make("span", {}, `…${replica.id.slice(-6)}`),
+        make("small", {}, lost ? "lost" : count(replica.requests, WORK[name] ?? "request")),
+        make("small", {}, `${decimal.format(replica.errors)} failed`),
+        // Hidden if it is another's, so that nothing moves.
+        make("small", { class: "tick" }, "latest tick"),
+      );
     });
     const title = make("h3", {}, `${name}: ${alive} alive`);
     return make("div", { "data-service": name, "data-alive": alive }, title, make("ul", {}, ...items));

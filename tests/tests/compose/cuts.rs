@@ -33,8 +33,8 @@ pub async fn any_container_may_be_cut_off(cluster: Cluster) {
             polled.longest_gap.as_millis(),
         );
         assert_eq!(polled.faults, Vec::<String>::new(), "{container}");
-        // After 5 s HAProxy repeats a request on another gateway.
-        assert!(polled.longest_gap < Duration::from_secs(7), "{container}: {polled:?}");
+        // After 0.8 s HAProxy repeats a request on another gateway.
+        assert!(polled.longest_gap < Duration::from_secs(2), "{container}: {polled:?}");
         assert!(without_gap_or_repeat(&sequences), "{container}: {sequences:?}");
         assert_eq!(watched.missed, [], "{container}");
         assert_eq!(watched.heard_twice_beside(&container), 0, "{container}: {watched:?}");

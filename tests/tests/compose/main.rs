@@ -10,6 +10,7 @@ mod restarts;
 mod scaling;
 mod start;
 mod takeover;
+mod tokens;
 mod update;
 
 use std::net::TcpListener;
@@ -49,10 +50,11 @@ impl Cluster {
 type Step = (&'static str, fn(Cluster) -> Pin<Box<dyn Future<Output = ()>>>);
 
 /// All steps, in their order. Each leaves a healthy cluster behind.
-const STEPS: [Step; 10] = [
+const STEPS: [Step; 11] = [
     ("start", |cluster| Box::pin(start::the_cluster_is_redundant(cluster))),
     ("permissions", |cluster| Box::pin(permissions::each_user_may_do_only_what_it_needs(cluster))),
     ("strangers", |cluster| Box::pin(permissions::strangers_are_refused(cluster))),
+    ("tokens", |cluster| Box::pin(tokens::the_gateways_can_ask_for_a_token(cluster))),
     ("scaling", |cluster| Box::pin(scaling::services_come_and_go(cluster))),
     ("kills", |cluster| Box::pin(kills::any_process_may_be_killed(cluster))),
     ("blackouts", |cluster| Box::pin(kills::all_brokers_may_be_killed_at_once(cluster))),

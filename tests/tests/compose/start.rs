@@ -119,6 +119,7 @@ fn every_container_is_confined() {
         published.lines().filter(|line| line.contains("127.0.0.1") || line.contains("0.0.0.0"))
     {
         assert!(line.starts_with("haproxy "), "{line}");
+        assert!(!line.contains("0.0.0.0"), "only this machine reaches the ports: {line}");
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod access;
 mod api;
+mod checkout;
 mod clocks;
 mod cluster;
 mod gateway;
