@@ -14,7 +14,7 @@ use futures::StreamExt;
 use runtime::connection;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
+use time::format_description::well_known::Iso8601;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -125,7 +125,7 @@ impl Known {
             return None;
         }
         let body = serde_json::to_string(&Body {
-            as_of: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
+            as_of: OffsetDateTime::now_utc().format(&Iso8601::DEFAULT).unwrap_or_default(),
             latest_tick: self.latest_tick.as_ref(),
             replicas: self.replicas.values().collect(),
         });
