@@ -223,14 +223,19 @@ async fn export(gateway: &Gateway, ask: &mut Ask, format: Format, file: &str) ->
 fn live(gateway: &Arc<Gateway>, ask: &mut Ask) -> Answer {
     let token = ask.query.text("access_token")?;
     let expires = gateway.options.access.check(&ask.headers, token.as_deref())?;
-    let after = ask.query.number("after", 0..=u64::MAX)?;
+    let mut after = ask.query.number("after", 0..=u64::MAX)?;
     let stream = ask.query.text("stream")?;
+    // A client that comes back asks for the same address, and says in a header, or in a parameter
+    // of one of these names, how far it got.
+    let header = ask.headers.get("last-event-id").map(|id| id.to_str().unwrap_or("?").to_owned());
+    let mut ids = vec![header];
+    for name in ["lastEventId", "lastEventID", "last-event-id", "Last-Event-ID"] {
+        ids.push(ask.query.text(name)?);
+    }
     ask.query.end()?;
-    // A browser that comes back asks for the same address, and says here how far it got.
-    let after = match ask.headers.get("last-event-id").map(HeaderValue::to_str) {
-        None | Some(Ok("")) => after,
-        Some(id) => Some(query::number("Last-Event-ID", id.unwrap_or("?"), 0..=u64::MAX)?),
-    };
+    if let Some(id) = ids.into_iter().flatten().find(|id| !id.is_empty()) {
+        after = Some(query::number("Last-Event-ID", &id, 0..=u64::MAX)?);
+    }
     let lines = prefers(&ask.headers, LINES, EVENTS);
     let (format, content_type) =
         if lines { (Format::Lines, LINES) } else { (Format::Events, EVENTS) };
@@ -285,7 +290,8 @@ fn readyz(gateway: &Gateway, ask: &mut Ask) -> Answer {
 
 /// What scripts of other origins may do, and how long a browser may cache that.
 fn options() -> Answer {
-    let headers = "Authorization, If-None-Match, Last-Event-ID";
+    let headers = "Accept, Authorization, Cache-Control, Content-Type, If-None-Match, \
+        Last-Event-ID, Pragma, X-Requested-With";
     let head = Builder::new()
         .status(StatusCode::NO_CONTENT)
         .header(header::ALLOW, "GET, HEAD, OPTIONS")
