@@ -1,8 +1,9 @@
 //! The routes of the HTTP API, and how each request is answered.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use contract::THRESHOLD;
 use runtime::connection;
 use runtime::history::{MAX_BATCH, Start};
 use serde::Serialize;
@@ -51,6 +52,10 @@ const HEADERS: [(HeaderName, &str); 5] = [
 const PAGE_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
     connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
+static INDEX: LazyLock<String> = LazyLock::new(|| {
+    include_str!("../page/index.html").replace("{threshold}", &THRESHOLD.to_string())
+});
+
 /// The parts of a request that the handlers use.
 struct Ask {
     query: Query,
@@ -97,10 +102,17 @@ async fn dispatch(gateway: &Arc<Gateway>, method: &Method, path: &str, ask: &mut
         Method::OPTIONS => return options(),
         _ => return Err(Problem::method_not_allowed()),
     }
+    // People type a slash at the end.
+    let (path, has_slash) = path.strip_suffix('/').map_or((path, false), |path| (path, true));
     match path {
-        "/" => page(ask, include_str!("../page/index.html"), HTML),
+        "" => page(ask, &INDEX, HTML),
         "/page.css" => page(ask, include_str!("../page/page.css"), CSS),
         "/page.js" => page(ask, include_str!("../page/page.js"), JS),
+        // The links of the page are relative.
+        "/docs" if has_slash => {
+            let head = no_store().status(StatusCode::PERMANENT_REDIRECT);
+            Ok(head.header(header::LOCATION, "../docs").body("").into_response())
+        }
         "/docs" => page(ask, include_str!("../page/docs.html"), HTML),
         "/docs.css" => page(ask, include_str!("../page/docs.css"), CSS),
         "/docs.js" => page(ask, include_str!("../page/docs.js"), JS),
@@ -202,7 +214,7 @@ async fn history(gateway: &Gateway, ask: &mut Ask) -> Answer {
     let page = gateway.history.page(&snapshot, start, limit).await?;
     let mut head = fresh(gateway.state.age());
     if let Some(next) = page.next {
-        let link = format!("</history?after={next}&limit={limit}>; rel=\"next\"");
+        let link = format!("<?after={next}&limit={limit}>; rel=\"next\"");
         head = head.header(header::LINK, link);
     }
     answer(head, JSON, json(&page))
