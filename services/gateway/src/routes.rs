@@ -178,7 +178,7 @@ fn seen_tags(headers: &HeaderMap) -> Vec<&str> {
 async fn number(gateway: &Gateway, ask: &mut Ask, seq: &str) -> Answer {
     ask.query.end()?;
     let seq = query::number("a sequence", seq, 1..=u64::MAX)?;
-    let snapshot = gateway.state.snapshot_near(seq).await?;
+    let snapshot = gateway.state.snapshot_with(seq).await?;
     let (last_seq, age) = (snapshot.last_seq, gateway.state.age());
     if seq > last_seq && age >= STALE {
         return Err(Problem::unavailable("the history does not answer; it may be there by now"));
@@ -208,7 +208,7 @@ async fn history(gateway: &Gateway, ask: &mut Ask) -> Answer {
     let limit = ask.query.number("limit", 1..=MAX_BATCH)?.unwrap_or(PAGE);
     ask.query.end()?;
     let snapshot = match start {
-        Start::Sequence(seq) => gateway.state.snapshot_near(seq - 1).await?,
+        Start::Sequence(seq) => gateway.state.snapshot_with(seq - 1).await?,
         Start::Time(_) => gateway.state.snapshot()?,
     };
     let page = gateway.history.page(&snapshot, start, limit).await?;
