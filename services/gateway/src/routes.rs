@@ -102,25 +102,19 @@ async fn dispatch(gateway: &Arc<Gateway>, method: &Method, path: &str, ask: &mut
         Method::OPTIONS => return options(),
         _ => return Err(Problem::method_not_allowed()),
     }
-    // People type a slash at the end.
-    let (path, has_slash) = path.strip_suffix('/').map_or((path, false), |path| (path, true));
     match path {
-        "" => page(ask, &INDEX, HTML),
+        "/" => page(ask, &INDEX, HTML),
         "/page.css" => page(ask, include_str!("../page/page.css"), CSS),
         "/page.js" => page(ask, include_str!("../page/page.js"), JS),
-        // The links of the page are relative.
-        "/docs" if has_slash => {
-            let head = no_store().status(StatusCode::PERMANENT_REDIRECT);
-            Ok(head.header(header::LOCATION, "../docs").body("").into_response())
-        }
+        "/docs/" => moved("../docs"),
         "/docs" => page(ask, include_str!("../page/docs.html"), HTML),
         "/docs.css" => page(ask, include_str!("../page/docs.css"), CSS),
         "/docs.js" => page(ask, include_str!("../page/docs.js"), JS),
         "/openapi.json" => page(ask, include_str!("../openapi.json"), JSON),
-        "/healthz" => healthz(ask),
-        "/readyz" => readyz(gateway, ask),
+        "/healthz" | "/healthz/" => healthz(ask),
+        "/readyz" | "/readyz/" => readyz(gateway, ask),
         // Checks the token itself, because it may be in the query.
-        "/numbers/live" => live(gateway, ask),
+        "/numbers/live" | "/numbers/live/" => live(gateway, ask),
         _ => guarded(gateway, path, ask).await,
     }
 }
@@ -130,10 +124,10 @@ async fn guarded(gateway: &Gateway, path: &str, ask: &mut Ask) -> Answer {
     gateway.options.access.check(&ask.headers, None)?;
     match path {
         "/numbers" => numbers(gateway, ask).await,
-        "/history" => history(gateway, ask).await,
+        "/history" | "/history/" => history(gateway, ask).await,
         "/history.ndjson" => export(gateway, ask, Format::Lines, "numbers.ndjson").await,
         "/history.csv" => export(gateway, ask, Format::Csv, "numbers.csv").await,
-        "/replicas" => replicas(gateway, ask),
+        "/replicas" | "/replicas/" => replicas(gateway, ask),
         _ => match path.strip_prefix("/numbers/") {
             Some(seq) => number(gateway, ask, seq).await,
             None => Err(Problem::not_found(format!("there is nothing at {path}; see /docs"))),
@@ -310,6 +304,12 @@ fn options() -> Answer {
         .header(header::ACCESS_CONTROL_ALLOW_METHODS, "GET, HEAD")
         .header(header::ACCESS_CONTROL_ALLOW_HEADERS, headers)
         .header(header::ACCESS_CONTROL_MAX_AGE, "86400");
+    Ok(head.body("").into_response())
+}
+
+/// People type a slash at the end. The links of a page are relative, so it has one address.
+fn moved(location: &'static str) -> Answer {
+    let head = no_store().status(StatusCode::PERMANENT_REDIRECT).header(header::LOCATION, location);
     Ok(head.body("").into_response())
 }
 
