@@ -82,10 +82,12 @@ impl Access {
     pub fn read(&self) -> anyhow::Result<()> {
         let mut keys = Keys::new();
         if let Some(file) = &self.jwt_key {
-            keys.extend(read(file, public_keys).context("--jwt-key cannot be used")?);
+            let what = || format!("--jwt-key {file:?} cannot be used");
+            keys.extend(read(file, public_keys).with_context(what)?);
         }
         if let Some(file) = &self.jwt_secret {
-            keys.extend(read(file, secrets).context("--jwt-secret cannot be used")?);
+            let what = || format!("--jwt-secret {file:?} cannot be used");
+            keys.extend(read(file, secrets).with_context(what)?);
         }
         self.keys.send_replace(keys);
         Ok(())
@@ -182,18 +184,15 @@ impl Access {
 
 /// The keys of a file, at least one of which can be used.
 fn read(file: &Path, parse: fn(&str) -> anyhow::Result<Keys>) -> anyhow::Result<Keys> {
-    let read = || {
-        let about = std::fs::metadata(file)?;
-        // A pipe, for instance, can be read only once and may block.
-        ensure!(about.is_file(), "it is not a regular file");
-        ensure!(about.len() <= MAX_FILE, "it is longer than {MAX_FILE} bytes");
-        let keys = parse(&String::from_utf8_lossy(&std::fs::read(file)?))?;
-        ensure!(keys.len() <= MAX_KEYS, "it holds more than {MAX_KEYS} keys");
-        let faults: Vec<_> = keys.iter().filter_map(|key| key.as_ref().err()).collect();
-        ensure!(faults.len() < keys.len(), "none of its keys can be used {faults:?}");
-        Ok(keys)
-    };
-    read().with_context(|| format!("{file:?}"))
+    let about = std::fs::metadata(file)?;
+    // A pipe, for instance, can be read only once and may block.
+    ensure!(about.is_file(), "it is not a regular file");
+    ensure!(about.len() <= MAX_FILE, "it is longer than {MAX_FILE} bytes");
+    let keys = parse(&String::from_utf8_lossy(&std::fs::read(file)?))?;
+    ensure!(keys.len() <= MAX_KEYS, "it holds more than {MAX_KEYS} keys");
+    let faults: Vec<_> = keys.iter().filter_map(|key| key.as_ref().err()).collect();
+    ensure!(faults.len() < keys.len(), "none of its keys can be used {faults:?}");
+    Ok(keys)
 }
 
 /// Secrets, one a line.
