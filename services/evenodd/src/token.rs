@@ -4,7 +4,7 @@ use std::fs;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{ArgGroup, Args};
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode, get_current_timestamp};
 use serde_json::json;
 
@@ -12,13 +12,14 @@ use serde_json::json;
 ///
 /// Prints a JSON Web Token (RFC 7519), to try a gateway out. In production tokens come from the service that signs users in.
 #[derive(Args, Debug)]
+#[command(group = ArgGroup::new("signer").args(["secret", "key"]).required(true))]
 pub struct Token {
     /// Sign with the first secret in this file (HS256), for a gateway with --jwt-secret
-    #[arg(long, value_name = "FILE", value_parser = secret, required_unless_present = "key")]
+    #[arg(long, value_name = "FILE", value_parser = secret)]
     secret: Option<Signer>,
 
     /// Sign with the private key in this file, in PEM (PKCS #8), for a gateway with --jwt-key
-    #[arg(long, value_name = "FILE", value_parser = private_key, conflicts_with = "secret")]
+    #[arg(long, value_name = "FILE", value_parser = private_key)]
     key: Option<Signer>,
 
     /// The id of the key (kid)

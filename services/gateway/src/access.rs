@@ -208,7 +208,8 @@ fn secrets(text: &str) -> anyhow::Result<Keys> {
     lines.map(secret).collect()
 }
 
-/// Whether a line begins as a public key, a token or an address does, as it is or in base64.
+/// Whether a line begins as a public key, a token or an address does, as it is, in base64 or in
+/// hexadecimal.
 fn is_public(line: &str) -> bool {
     // What follows ssh-rsa begins with a length.
     const BEGINNINGS: [&[u8]; 8] =
@@ -216,13 +217,17 @@ fn is_public(line: &str) -> bool {
     let line = line.trim_matches(['"', '\'', ',']);
     let start = line.get(..12).unwrap_or_default().replace('-', "+").replace('_', "/");
     let decoded = STANDARD.decode(start).unwrap_or_default();
+    let hex = u64::from_str_radix(line.get(..16).unwrap_or_default(), 16);
+    let hex = hex.unwrap_or_default().to_be_bytes();
     // DER: a sequence that begins with another one, or with a number.
-    let is_der = matches!(
-        &*decoded,
-        [0x30, ..=0x7f, 0x30 | 0x02, ..]
-            | [0x30, 0x81, _, 0x30 | 0x02, ..]
-            | [0x30, 0x82, _, _, 0x30 | 0x02, ..]
-    );
+    let is_der = [&decoded, &hex[..]].iter().any(|bytes| {
+        matches!(
+            bytes,
+            [0x30, ..=0x7f, 0x30 | 0x02, ..]
+                | [0x30, 0x81, _, 0x30 | 0x02, ..]
+                | [0x30, 0x82, _, _, 0x30 | 0x02, ..]
+        )
+    });
     let begins = |bytes: &[u8]| BEGINNINGS.iter().any(|beginning| bytes.starts_with(beginning));
     is_der || begins(&decoded) || begins(line.as_bytes())
 }
@@ -357,6 +362,7 @@ mod tests {
             "AAAAB3NzaC1yc2EAAAADAQABAAABgQDdyGu/j7MU1mHSJee5YI", // ssh-rsa, its second word
             "ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAABgQDdyGu/j7MU1m",
             "c3NoLXJzYSBBQUFBQjNOemFDMXljMkVBQUFBREFRQUJBQUFCZ1", // the same in base64
+            "30820122300d06092a864886f70d01010105000382010f003082010a", // RSA in hexadecimal
             "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKo",
             "LS0tLS1CRUdJTiBQVUJMSUMgS0VZLS0tLS0KTUZrd0V3WUhLb1", // PEM in base64
             "{\"kty\":\"RSA\",\"n\":\"3chrv4_zFNZh0iXnuWCJyL3-Z9kX\"}",
