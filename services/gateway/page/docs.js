@@ -1,6 +1,8 @@
 // Shows /openapi.json. Knows the parts of OpenAPI 3.1 that this document uses, and no more.
 
 let api;
+// Where the gateway is, without the slash at the end.
+const base = new URL(".", location).href.slice(0, -1);
 
 /** An element with attributes and children; text goes in as text, never as markup. */
 function make(name, attributes = {}, ...children) {
@@ -107,7 +109,7 @@ function curl(path, operation, parameters) {
   const query = given.filter((p) => p.in === "query").map((p) => `${p.name}=${p.example}`).join("&");
   const types = Object.keys(operation.responses["200"]?.content ?? {});
   const flag = types.includes("text/event-stream") ? "-N " : "";
-  const url = `'${location.origin}${at}${query && "?"}${query}'`;
+  const url = `'${base}${at}${query && "?"}${query}'`;
   const lines = types.slice(1).map((type) => `curl ${flag}-H 'Accept: ${type}' ${url}`);
   return code([`curl ${flag}${url}`, ...lines].join("\n"));
 }
@@ -153,7 +155,7 @@ function show() {
 }
 
 try {
-  const response = await fetch("/openapi.json");
+  const response = await fetch("openapi.json");
   if (!response.ok) throw new Error(`it was answered with ${response.status}`);
   // A number that a script would round stays as it is written.
   const text = (await response.text()).replace(/:\s*(\d{16,})/g, ': "$1"');

@@ -2,7 +2,6 @@
 // with the feed, the page starts over with the last 100, so that nothing is missing.
 
 const KEEP = 100;
-const THRESHOLD = 100000;
 const GREATEST = 999000;
 const TICKS_A_MINUTE = 120;
 const MINUTE_MS = 60000;
@@ -14,6 +13,7 @@ const SHOW_LOST_MS = 60000;
 const WORK = { even: "number given", odd: "number given", multiplier: "slot settled" };
 
 const element = (id) => document.getElementById(id);
+const THRESHOLD = Number(element("threshold").value); // the gateway writes it into the page
 const decimal = new Intl.NumberFormat();
 const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium", hourCycle: "h23" });
 
@@ -92,7 +92,7 @@ async function start() {
   stop();
   const run = runs;
   try {
-    const answer = await get("/numbers");
+    const answer = await get("numbers");
     const body = await answer.json();
     if (run !== runs || answer.status === 401) return;
     if (!answer.ok) {
@@ -129,7 +129,7 @@ function follow(stream) {
   const query = new URLSearchParams({ after: lastSeq });
   if (stream) query.set("stream", stream);
   if (token) query.set("access_token", token);
-  feed = new EventSource(`/numbers/live?${query}`);
+  feed = new EventSource(`numbers/live?${query}`);
   feed.onopen = () => show("live", "live");
   feed.addEventListener("number", (event) => {
     const number = JSON.parse(event.data);
@@ -151,7 +151,7 @@ function follow(stream) {
 async function poll() {
   try {
     if (!element("access").hidden) return;
-    const ready = await get("/readyz");
+    const ready = await get("readyz");
     const body = await ready.json();
     if (!ready.ok) {
       show("stale", `stale: ${body.detail}`);
@@ -163,7 +163,7 @@ async function poll() {
       behind = body.last_seq > lastSeq ? behind + 1 : 0;
       if (behind > 5) restart();
     }
-    const list = await get("/replicas");
+    const list = await get("replicas");
     if (list.ok) drawReplicas(await list.json());
     failures = 0;
   } catch {

@@ -69,10 +69,10 @@ impl Service for Settings {
     }
 
     fn check(&self) -> Result<(), String> {
-        match self.options.linger_ms < self.common.drain_ms {
-            true => Ok(()),
-            false => Err("--linger-ms is part of --drain-ms, and must be less".to_owned()),
+        if self.options.linger_ms >= self.common.drain_ms {
+            return Err("--linger-ms is part of --drain-ms, and must be less".to_owned());
         }
+        self.options.access.read().map_err(|error| format!("{error:#}"))
     }
 
     async fn run(self, client: Client, shutdown: Shutdown) -> anyhow::Result<()> {

@@ -4,7 +4,7 @@ use contract::{Message, Product};
 use runtime::history::Entry;
 use serde::Serialize;
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
+use time::format_description::well_known::Iso8601;
 use tracing::warn;
 
 /// One product in the history, as clients see it.
@@ -15,7 +15,7 @@ pub struct Record {
     /// What was published.
     #[serde(flatten)]
     pub product: Product,
-    /// The time in RFC 3339.
+    /// The time in RFC 3339, always with nine digits after the point, so that it sorts as text.
     pub published_at: String,
     /// When the stream stored it.
     #[serde(skip)]
@@ -31,7 +31,7 @@ impl Record {
         Ok(Self {
             seq: entry.sequence,
             product: Product::decode(&entry.payload)?,
-            published_at: entry.time.format(&Rfc3339)?,
+            published_at: entry.time.format(&Iso8601::DEFAULT)?,
             time: entry.time,
         })
     }

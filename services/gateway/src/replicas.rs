@@ -13,8 +13,9 @@ use contract::{Draw, Message, subjects};
 use futures::StreamExt;
 use runtime::connection;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
+use time::format_description::well_known::Iso8601;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -40,28 +41,13 @@ struct Replica {
     #[serde(skip_deserializing)]
     errors: u64,
     #[serde(default, skip_serializing)]
-    endpoints: Vec<Endpoint>,
+    endpoints: Vec<Value>,
     #[serde(skip, default = "Instant::now")]
     heard: Instant,
 }
 
-#[derive(Deserialize)]
-struct Endpoint {
-    #[serde(default)]
-    num_requests: u64,
-    #[serde(default)]
-    num_errors: u64,
-}
-
 /// The response body, and when it was made; `None` until the first replica was heard.
 pub type List = Option<(Bytes, Instant)>;
-
-#[derive(Serialize)]
-struct Body<'a> {
-    as_of: String,
-    latest_tick: Option<&'a Draw>,
-    replicas: Vec<&'a Replica>,
-}
 
 /// Asks and listens for ever, and keeps the list.
 ///
@@ -109,8 +95,9 @@ impl Known {
         // Anyone on the broker may send something else.
         let Ok(mut replica) = serde_json::from_slice::<Replica>(payload) else { return };
         for endpoint in &replica.endpoints {
-            replica.requests = replica.requests.saturating_add(endpoint.num_requests);
-            replica.errors = replica.errors.saturating_add(endpoint.num_errors);
+            let count = |name: &str| endpoint[name].as_u64().unwrap_or(0);
+            replica.requests = replica.requests.saturating_add(count("num_requests"));
+            replica.errors = replica.errors.saturating_add(count("num_errors"));
         }
         let key = (replica.name.clone(), replica.id.clone());
         if self.replicas.len() < MAX_REPLICAS || self.replicas.contains_key(&key) {
@@ -124,11 +111,11 @@ impl Known {
         if self.replicas.is_empty() {
             return None;
         }
-        let body = serde_json::to_string(&Body {
-            as_of: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
-            latest_tick: self.latest_tick.as_ref(),
-            replicas: self.replicas.values().collect(),
+        let body = json!({
+            "as_of": OffsetDateTime::now_utc().format(&Iso8601::DEFAULT).unwrap_or_default(),
+            "latest_tick": self.latest_tick,
+            "replicas": self.replicas.values().collect::<Vec<_>>(),
         });
-        Some((body.unwrap_or_default() + "\n").into())
+        Some(format!("{body}\n").into())
     }
 }

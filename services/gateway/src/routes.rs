@@ -1,8 +1,9 @@
 //! The routes of the HTTP API, and how each request is answered.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use contract::THRESHOLD;
 use runtime::connection;
 use runtime::history::{MAX_BATCH, Start};
 use serde::Serialize;
@@ -51,6 +52,10 @@ const HEADERS: [(HeaderName, &str); 5] = [
 const PAGE_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
     connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
+static INDEX: LazyLock<String> = LazyLock::new(|| {
+    include_str!("../page/index.html").replace("{threshold}", &THRESHOLD.to_string())
+});
+
 /// The parts of a request that the handlers use.
 struct Ask {
     query: Query,
@@ -98,17 +103,18 @@ async fn dispatch(gateway: &Arc<Gateway>, method: &Method, path: &str, ask: &mut
         _ => return Err(Problem::method_not_allowed()),
     }
     match path {
-        "/" => page(ask, include_str!("../page/index.html"), HTML),
+        "/" => page(ask, &INDEX, HTML),
         "/page.css" => page(ask, include_str!("../page/page.css"), CSS),
         "/page.js" => page(ask, include_str!("../page/page.js"), JS),
+        "/docs/" => moved("../docs"),
         "/docs" => page(ask, include_str!("../page/docs.html"), HTML),
         "/docs.css" => page(ask, include_str!("../page/docs.css"), CSS),
         "/docs.js" => page(ask, include_str!("../page/docs.js"), JS),
         "/openapi.json" => page(ask, include_str!("../openapi.json"), JSON),
-        "/healthz" => healthz(ask),
-        "/readyz" => readyz(gateway, ask),
+        "/healthz" | "/healthz/" => page(ask, "{\"status\":\"ok\"}\n", JSON),
+        "/readyz" | "/readyz/" => readyz(gateway, ask),
         // Checks the token itself, because it may be in the query.
-        "/numbers/live" => live(gateway, ask),
+        "/numbers/live" | "/numbers/live/" => live(gateway, ask),
         _ => guarded(gateway, path, ask).await,
     }
 }
@@ -118,10 +124,10 @@ async fn guarded(gateway: &Gateway, path: &str, ask: &mut Ask) -> Answer {
     gateway.options.access.check(&ask.headers, None)?;
     match path {
         "/numbers" => numbers(gateway, ask).await,
-        "/history" => history(gateway, ask).await,
+        "/history" | "/history/" => history(gateway, ask).await,
         "/history.ndjson" => export(gateway, ask, Format::Lines, "numbers.ndjson").await,
         "/history.csv" => export(gateway, ask, Format::Csv, "numbers.csv").await,
-        "/replicas" => replicas(gateway, ask),
+        "/replicas" | "/replicas/" => replicas(gateway, ask),
         _ => match path.strip_prefix("/numbers/") {
             Some(seq) => number(gateway, ask, seq).await,
             None => Err(Problem::not_found(format!("there is nothing at {path}; see /docs"))),
@@ -166,7 +172,7 @@ fn seen_tags(headers: &HeaderMap) -> Vec<&str> {
 async fn number(gateway: &Gateway, ask: &mut Ask, seq: &str) -> Answer {
     ask.query.end()?;
     let seq = query::number("a sequence", seq, 1..=u64::MAX)?;
-    let snapshot = gateway.state.snapshot_near(seq).await?;
+    let snapshot = gateway.state.snapshot_with(seq).await?;
     let (last_seq, age) = (snapshot.last_seq, gateway.state.age());
     if seq > last_seq && age >= STALE {
         return Err(Problem::unavailable("the history does not answer; it may be there by now"));
@@ -196,13 +202,13 @@ async fn history(gateway: &Gateway, ask: &mut Ask) -> Answer {
     let limit = ask.query.number("limit", 1..=MAX_BATCH)?.unwrap_or(PAGE);
     ask.query.end()?;
     let snapshot = match start {
-        Start::Sequence(seq) => gateway.state.snapshot_near(seq - 1).await?,
+        Start::Sequence(seq) => gateway.state.snapshot_with(seq - 1).await?,
         Start::Time(_) => gateway.state.snapshot()?,
     };
     let page = gateway.history.page(&snapshot, start, limit).await?;
     let mut head = fresh(gateway.state.age());
     if let Some(next) = page.next {
-        let link = format!("</history?after={next}&limit={limit}>; rel=\"next\"");
+        let link = format!("<?after={next}&limit={limit}>; rel=\"next\"");
         head = head.header(header::LINK, link);
     }
     answer(head, JSON, json(&page))
@@ -223,14 +229,19 @@ async fn export(gateway: &Gateway, ask: &mut Ask, format: Format, file: &str) ->
 fn live(gateway: &Arc<Gateway>, ask: &mut Ask) -> Answer {
     let token = ask.query.text("access_token")?;
     let expires = gateway.options.access.check(&ask.headers, token.as_deref())?;
-    let after = ask.query.number("after", 0..=u64::MAX)?;
+    let mut after = ask.query.number("after", 0..=u64::MAX)?;
     let stream = ask.query.text("stream")?;
+    // A client that comes back asks for the same address, and says in a header, or in a parameter
+    // of one of these names, how far it got.
+    let header = ask.headers.get("last-event-id").map(|id| id.to_str().unwrap_or("?").to_owned());
+    let mut ids = vec![header];
+    for name in ["lastEventId", "lastEventID", "last-event-id", "Last-Event-ID"] {
+        ids.push(ask.query.text(name)?);
+    }
     ask.query.end()?;
-    // A browser that comes back asks for the same address, and says here how far it got.
-    let after = match ask.headers.get("last-event-id").map(HeaderValue::to_str) {
-        None | Some(Ok("")) => after,
-        Some(id) => Some(query::number("Last-Event-ID", id.unwrap_or("?"), 0..=u64::MAX)?),
-    };
+    if let Some(id) = ids.into_iter().flatten().find(|id| !id.is_empty()) {
+        after = Some(query::number("Last-Event-ID", &id, 0..=u64::MAX)?);
+    }
     let lines = prefers(&ask.headers, LINES, EVENTS);
     let (format, content_type) =
         if lines { (Format::Lines, LINES) } else { (Format::Events, EVENTS) };
@@ -260,11 +271,6 @@ fn replicas(gateway: &Gateway, ask: &mut Ask) -> Answer {
     }
 }
 
-fn healthz(ask: &mut Ask) -> Answer {
-    ask.query.end()?;
-    answer(fresh(Duration::ZERO), JSON, "{\"status\":\"ok\"}\n")
-}
-
 fn readyz(gateway: &Gateway, ask: &mut Ask) -> Answer {
     ask.query.end()?;
     if gateway.shutdown.has_begun() {
@@ -285,13 +291,20 @@ fn readyz(gateway: &Gateway, ask: &mut Ask) -> Answer {
 
 /// What scripts of other origins may do, and how long a browser may cache that.
 fn options() -> Answer {
-    let headers = "Authorization, If-None-Match, Last-Event-ID";
+    let headers = "Accept, Authorization, Cache-Control, Content-Type, If-None-Match, \
+        Last-Event-ID, Pragma, X-Requested-With";
     let head = Builder::new()
         .status(StatusCode::NO_CONTENT)
         .header(header::ALLOW, "GET, HEAD, OPTIONS")
         .header(header::ACCESS_CONTROL_ALLOW_METHODS, "GET, HEAD")
         .header(header::ACCESS_CONTROL_ALLOW_HEADERS, headers)
         .header(header::ACCESS_CONTROL_MAX_AGE, "86400");
+    Ok(head.body("").into_response())
+}
+
+/// People type a slash at the end. The links of a page are relative, so it has one address.
+fn moved(location: &'static str) -> Answer {
+    let head = no_store().status(StatusCode::PERMANENT_REDIRECT).header(header::LOCATION, location);
     Ok(head.body("").into_response())
 }
 

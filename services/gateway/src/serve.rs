@@ -5,8 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::body::Incoming;
+use hyper::header::HOST;
+use hyper::http::uri::Authority;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
+use hyper::{Request, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
@@ -52,6 +55,30 @@ fn bound_sending(listener: &TcpListener, stall: Duration) {
     }
 }
 
+/// What is wrong with a request that hyper lets pass, if anything.
+fn fault(request: &Request<Incoming>) -> Option<&'static str> {
+    // CONNECT, for instance. warp's filters panic without a path.
+    if request.uri().path_and_query().is_none() {
+        return Some("the request names no path");
+    }
+    // RFC 9112, section 3.2.
+    let mut hosts = request.headers().get_all(HOST).iter();
+    let is_right = match (hosts.next(), hosts.next()) {
+        (None, _) => request.version() < Version::HTTP_11,
+        (Some(host), None) => host.is_empty() || is_host(host.as_bytes()),
+        (Some(_), Some(_)) => false,
+    };
+    (!is_right).then_some("a request has one Host header, with the name of a host")
+}
+
+/// Whether this is a host, with or without a port.
+fn is_host(text: &[u8]) -> bool {
+    Authority::try_from(text).is_ok_and(|authority| {
+        let port = authority.as_str().strip_prefix(authority.host());
+        port.is_some_and(|port| port.trim_start_matches(':').bytes().all(|b| b.is_ascii_digit()))
+    })
+}
+
 /// Serves until the gateway closes, then lets open requests finish by the deadline of its shutdown.
 pub async fn serve(listener: TcpListener, gateway: Arc<Gateway>) {
     let Gateway { options, shutdown, closing, .. } = &*gateway;
@@ -60,18 +87,19 @@ pub async fn serve(listener: TcpListener, gateway: Arc<Gateway>) {
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
+        // A client may shut down its side after the request, and still waits for the response.
+        .half_close(true)
         .header_read_timeout(options.header_ms)
         .max_buf_size(options.header_bytes as usize);
     bound_sending(&listener, options.request_ms);
     let filters = TowerToHyperService::new(warp::service(routes::all(gateway.clone())));
-    let service = service_fn(move |request: hyper::Request<Incoming>| {
+    let service = service_fn(move |request: Request<Incoming>| {
         let filters = filters.clone();
         async move {
-            // CONNECT, for instance. warp's filters panic without a path.
-            if request.uri().path_and_query().is_none() {
-                return Ok(Problem::bad_request("the request names no path").into());
+            match fault(&request) {
+                Some(fault) => Ok(Problem::bad_request(fault).into()),
+                None => filters.call(request).await,
             }
-            filters.call(request).await
         }
     });
     loop {

@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn a_number_is_written_as_documented() {
         let body = json(&snapshot(1), LAST);
-        let number = r#"{"seq":1,"number":432306,"even":846,"odd":511,"published_at":"1970-01-01T00:00:00Z"}"#;
+        let number = r#"{"seq":1,"number":432306,"even":846,"odd":511,"published_at":"1970-01-01T00:00:00.000000000Z"}"#;
         let expected = format!(
             "{{\"stream\":\"NUMBERS\",\"last_seq\":1,\"count\":1,\"numbers\":[{number}]}}\n"
         );
@@ -235,7 +235,7 @@ mod tests {
     #[test]
     fn an_event_is_written_as_documented() {
         let feed = snapshot(2).feed_after(1, Format::Events).unwrap();
-        let data = r#"{"seq":2,"number":432306,"even":846,"odd":511,"published_at":"1970-01-01T00:00:00Z"}"#;
+        let data = r#"{"seq":2,"number":432306,"even":846,"odd":511,"published_at":"1970-01-01T00:00:00.000000000Z"}"#;
         assert_eq!(feed, format!("id: 2\nevent: number\ndata: {data}\n\n"));
     }
 

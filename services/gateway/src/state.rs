@@ -45,25 +45,17 @@ impl State {
     }
 
     /// The latest snapshot, after up to a second for this replica to catch up with a client that
-    /// has seen this sequence.
+    /// has seen this sequence. There is no wait if it is far beyond the end: it was made up.
     ///
     /// # Errors
     /// As [`snapshot`](Self::snapshot).
     pub async fn snapshot_with(&self, seq: u64) -> Result<Arc<Snapshot>> {
-        let mut latest = self.latest.subscribe();
-        let caught_up = latest.wait_for(|s| s.as_ref().is_none_or(|s| s.last_seq >= seq));
-        let _ = timeout(CATCH_UP, caught_up).await;
+        if seq.saturating_sub(self.snapshot()?.last_seq) <= AHEAD {
+            let mut latest = self.latest.subscribe();
+            let caught_up = latest.wait_for(|s| s.as_ref().is_none_or(|s| s.last_seq >= seq));
+            let _ = timeout(CATCH_UP, caught_up).await;
+        }
         self.snapshot()
-    }
-
-    /// The same for a sequence that the client may have made up: waits only if it is just beyond
-    /// the end.
-    ///
-    /// # Errors
-    /// As [`snapshot`](Self::snapshot).
-    pub async fn snapshot_near(&self, seq: u64) -> Result<Arc<Snapshot>> {
-        let ahead = seq.saturating_sub(self.snapshot()?.last_seq);
-        if ahead <= AHEAD { self.snapshot_with(seq).await } else { self.snapshot() }
     }
 
     /// How long ago the snapshot was known to be as new as the stream.

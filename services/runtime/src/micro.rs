@@ -12,7 +12,7 @@ use futures::StreamExt;
 use futures::stream::select_all;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
+use time::format_description::well_known::Iso8601;
 use tokio_util::task::AbortOnDropHandle;
 
 /// How a service describes itself.
@@ -65,7 +65,7 @@ pub struct Micro {
 /// If the connection was closed.
 pub async fn announce(client: &Client, about: Description) -> anyhow::Result<Micro> {
     let id = nuid::next().to_string();
-    let started = OffsetDateTime::now_utc().format(&Rfc3339)?;
+    let started = OffsetDateTime::now_utc().format(&Iso8601::DEFAULT)?;
     let mut questions = Vec::with_capacity(9);
     for verb in ["PING", "INFO", "STATS"] {
         for whom in ["", &format!(".{}", about.name), &format!(".{}.{id}", about.name)] {

@@ -51,6 +51,58 @@ async fn every_answer_is_described() {
     }
 }
 
+/// A proxy may have removed the beginning of the path.
+#[tokio::test]
+async fn every_link_is_relative() {
+    let (_pipeline, _gateway, address) = pipeline().await;
+    let is_relative = |link: &str| !link.starts_with('/') && !link.starts_with("http");
+    let mut links = 0;
+    for page in ["/", "/docs"] {
+        let html = get(&address, page, &[]).await.body;
+        for attribute in ["href=\"", "src=\""] {
+            for link in html.split(attribute).skip(1).filter_map(|rest| rest.split('"').next()) {
+                assert!(is_relative(link), "{page}: {link}");
+                let is_file = !link.starts_with('#') && !link.starts_with("data:");
+                let path = format!("/{}", link.trim_start_matches("./"));
+                if is_file {
+                    assert_eq!(Lines::open(&address, &path, &[]).await.status, 200, "{link}");
+                    links += 1;
+                }
+            }
+        }
+    }
+    assert!(links >= 10, "{links}");
+    for script in ["/page.js", "/docs.js"] {
+        let script = get(&address, script, &[]).await.body;
+        for open in ["fetch(", "get(", "EventSource("] {
+            for quote in ['"', '`', '\''] {
+                assert!(!script.contains(&format!("{open}{quote}/")), "{open}{quote}/");
+            }
+        }
+    }
+    let description = get(&address, "/openapi.json", &[]).await.json();
+    for server in description["servers"].as_array().unwrap() {
+        assert!(is_relative(server["url"].as_str().unwrap()), "{server}");
+    }
+    let next = get(&address, "/history?limit=1", &[]).await;
+    assert!(next.header("link").unwrap().starts_with("<?"), "{next:?}");
+    assert!(is_relative(get(&address, "/docs/", &[]).await.header("location").unwrap()));
+}
+
+/// The page shows the threshold that the services use.
+#[tokio::test]
+async fn the_page_has_the_threshold() {
+    let (_pipeline, _gateway, address) = pipeline().await;
+    let threshold = contract::THRESHOLD.to_string();
+    let page = get(&address, "/", &[]).await.body;
+    assert!(page.contains(&format!("value=\"{threshold}\">{threshold}<")), "{page}");
+    for file in ["index.html", "page.js", "docs.html", "docs.js", "page.css"] {
+        let file = repository().join("services/gateway/page").join(file);
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert!(!text.replace([',', '_'], "").contains(&threshold), "{}", file.display());
+    }
+}
+
 #[tokio::test]
 #[ignore = "needs schemathesis: make test-api"]
 async fn schemathesis_finds_no_fault() {

@@ -123,7 +123,8 @@ async fn limits_content_types_and_errors() {
     let newest = &two.json()["numbers"][0];
     assert_eq!(newest["number"], 432_306);
     assert_eq!((&newest["even"], &newest["odd"]), (&846.into(), &511.into()));
-    assert!(newest["published_at"].as_str().unwrap().ends_with('Z'));
+    let time = newest["published_at"].as_str().unwrap();
+    assert!(time.len() == 30 && time.ends_with('Z'), "{time}");
 
     let text = get(&address, "/numbers", &["Accept: text/plain"]).await;
     assert_eq!(text.body, "432306\n432306\n432306\n");
@@ -137,6 +138,14 @@ async fn limits_content_types_and_errors() {
         assert!(answer.json()["detail"].as_str().unwrap().contains("limit"), "{answer:?}");
     }
     assert_eq!(get(&address, "/nothing", &[]).await.status, 404);
+    // People type a slash at the end.
+    for (path, expected) in
+        [("/numbers/", 400), ("/history/", 200), ("/healthz/", 200), ("//", 404)]
+    {
+        assert_eq!(get(&address, path, &[]).await.status, expected, "{path}");
+    }
+    let docs = get(&address, "/docs/", &[]).await;
+    assert_eq!((docs.status, docs.header("location")), (308, Some("../docs")));
     let post = request(&address, "POST", "/numbers", &[]).await;
     assert_eq!(post.status, 405);
     assert!(post.head.contains("allow: GET, HEAD"));
@@ -253,7 +262,7 @@ async fn slow_and_silent_clients_are_cut() {
 /// Clients that send without end, or stop in the middle, get an answer or are cut. The gateway
 /// keeps serving others.
 #[tokio::test]
-async fn flooding_and_half_closed_clients_are_cut() {
+async fn flooding_clients_are_cut() {
     let pipeline = Pipeline::new().await;
     for slot in 1..=100 {
         pipeline.publish(slot).await;
@@ -301,19 +310,135 @@ async fn flooding_and_half_closed_clients_are_cut() {
                 let mut answer = Vec::new();
                 let _ = stream.read_to_end(&mut answer).await;
             },
-            async {
-                // An event stream for a client that has shut down its side.
-                let mut stream = connect().await;
-                let ask = b"GET /numbers/live HTTP/1.1\r\nHost: x\r\n\r\n";
-                stream.write_all(ask).await.unwrap();
-                stream.shutdown().await.unwrap();
-                let _ = stream.read_to_end(&mut Vec::new()).await;
-            },
         )
     };
     let cut = tokio::time::timeout(Duration::from_secs(20), all).await;
     assert!(cut.is_ok(), "a connection is still open");
     assert_eq!(request(address, "GET", "/numbers", &[]).await.status, 200);
+}
+
+/// A client may shut down its side after the request, as `nc -N` does. Every route answers it.
+#[tokio::test]
+async fn half_closed_clients_are_answered() {
+    let pipeline = Pipeline::new().await;
+    for slot in 1..=300 {
+        pipeline.publish(slot).await;
+    }
+    let (_gateway, address) = pipeline.gateway().await;
+    sequences(&address, 300).await;
+    eventually("ready", async || {
+        get(&address, "/readyz", &[]).await.status == 200
+            && get(&address, "/replicas", &[]).await.status == 200
+    })
+    .await;
+    let half_closed = async |path: &str, version: &str| {
+        let mut stream = TcpStream::connect(&address).await.unwrap();
+        let ask = format!("GET {path} HTTP/{version}\r\nHost: x\r\n\r\n");
+        stream.write_all(ask.as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+        stream
+    };
+    for (path, expected, end) in [
+        ("/numbers", 200, "]}\n"),
+        ("/numbers/1", 200, "}\n"),
+        ("/history?limit=150", 200, "}\n"),
+        ("/history.csv", 200, "\r\n0\r\n\r\n"),
+        ("/history.ndjson", 200, "\r\n0\r\n\r\n"),
+        ("/replicas", 200, "}\n"),
+        ("/", 200, "</footer>\n"),
+        ("/docs", 200, "</footer>\n"),
+        ("/openapi.json", 200, "}\n"),
+        ("/healthz", 200, "}\n"),
+        ("/readyz", 200, "}\n"),
+        ("/numbers?limit=0", 400, "}\n"),
+        ("/nothing", 404, "}\n"),
+        // The gateway waits for this record for a second.
+        ("/numbers/301", 404, "}\n"),
+    ] {
+        for _ in 0..5 {
+            // The gateway closes the connection after its answer.
+            let mut stream = half_closed(path, "1.1").await;
+            let mut answer = String::new();
+            let read = stream.read_to_string(&mut answer);
+            tokio::time::timeout(tests::patience(), read).await.expect(path).unwrap();
+            let status = answer.split(' ').nth(1).unwrap();
+            assert_eq!(status, expected.to_string(), "{path}");
+            assert!(answer.ends_with(end), "{path}: {answer}");
+        }
+    }
+    let mut feed = Lines::over(half_closed("/numbers/live?after=298", "1.0").await).await;
+    assert_eq!(feed.sequences(2).await, [299, 300]);
+    pipeline.publish(301).await;
+    assert_eq!(feed.sequences(1).await, [301]);
+}
+
+/// Requests that RFC 9112 says must be refused.
+#[tokio::test]
+async fn malformed_requests_are_refused() {
+    let pipeline = Pipeline::new().await;
+    let (_gateway, address) = pipeline.gateway().await;
+    let send = async |request: &str| {
+        let mut stream = TcpStream::connect(&address).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = String::new();
+        let read = stream.read_to_string(&mut answer);
+        tokio::time::timeout(tests::patience(), read).await.expect(request).unwrap();
+        answer
+    };
+    // Section 3.2: one Host header with the name of a host.
+    for hosts in [
+        "",
+        "Host: a\r\nHost: a\r\n",
+        "Host: a\r\nHost: b\r\n",
+        "Host: a b\r\n",
+        "Host: a/b\r\n",
+        "Host: a?b\r\n",
+        "Host: user@a\r\n",
+        "Host: a:b\r\n",
+        "Host: a:80:80\r\n",
+        "Host: [::1\r\n",
+        "Host: http://a\r\n",
+        "Host: \u{e9}\r\n",
+    ] {
+        for target in ["/healthz", "/numbers", "http://a/healthz"] {
+            let answer = send(&format!("GET {target} HTTP/1.1\r\n{hosts}\r\n")).await;
+            assert!(answer.starts_with("HTTP/1.1 400 "), "{hosts}: {answer}");
+            assert!(answer.contains("application/problem+json"), "{hosts}: {answer}");
+            assert!(answer.contains("Host header"), "{hosts}: {answer}");
+        }
+    }
+    for hosts in ["Host: a", "Host: a_b.c:8080", "Host: [::1]:80", "Host: 127.0.0.1:", "Host:"] {
+        let answer = send(&format!("GET /healthz HTTP/1.1\r\n{hosts}\r\n\r\n")).await;
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{hosts}: {answer}");
+    }
+    assert!(send("GET /healthz HTTP/1.0\r\n\r\n").await.starts_with("HTTP/1.0 200 "));
+    // hyper refuses these itself, without a body, and closes the connection.
+    for rest in [
+        "Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        "Content-Length: 1, 2\r\n\r\nab",
+        "Content-Length: +1\r\n\r\na",
+        "Content-Length: -1\r\n\r\n",
+        "Transfer-Encoding: gzip\r\n\r\n",
+        "Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+        "X : 1\r\n\r\n",
+        "X: 1\r\n 2\r\n\r\n",
+        "X\r\n\r\n",
+        "X: a\rb\r\n\r\n",
+        "X: a\0b\r\n\r\n",
+    ] {
+        let answer = send(&format!("GET /healthz HTTP/1.1\r\nHost: a\r\n{rest}")).await;
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{rest}: {answer}");
+        assert!(answer.ends_with("\r\n\r\n"), "{rest}: {answer}");
+    }
+    // With both lengths the request counts as chunked, and nothing after it as a request
+    // (section 6.1).
+    for chunks in ["0\r\n\r\n", "x\r\n\r\n"] {
+        let both = "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let get = "GET /healthz HTTP/1.1\r\nHost: a\r\n";
+        let answer = send(&format!("{get}{both}{chunks}{get}\r\n")).await;
+        assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{answer}");
+    }
 }
 
 /// Connections beyond the limit wait until there is room again.

@@ -60,8 +60,7 @@ async fn pages_from_the_first_to_the_last() {
             assert_eq!(page.json()["last_seq"], LAST);
             seen.extend(sequences);
             let next = page.json()["next"].as_u64();
-            let link =
-                next.map(|next| format!("</history?after={next}&limit={limit}>; rel=\"next\""));
+            let link = next.map(|next| format!("<?after={next}&limit={limit}>; rel=\"next\""));
             assert_eq!(page.header("link"), link.as_deref());
             let Some(next) = next else { break };
             path = format!("/history?after={next}&limit={limit}");

@@ -1,7 +1,9 @@
 //! Service 4: the live feed.
 
+use std::time::Duration;
+
 use tests::http::{Lines, get};
-use tests::{Pipeline, Process, connect, eventually, patience};
+use tests::{Pipeline, Process, connect, eventually, patience, patient};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpSocket;
 
@@ -64,6 +66,14 @@ async fn a_feed_resumes_at_the_position_of_the_client() {
         let expected: Vec<u64> = (after + 1..=LAST).filter(valid).collect();
         assert_eq!(live.sequences(expected.len()).await, expected, "after {after}");
     }
+    // Clients that cannot send headers add a parameter to the address.
+    for name in ["lastEventId", "lastEventID", "last-event-id", "Last-Event-ID"] {
+        let path = format!("/numbers/live?after=17&{name}={}", LAST - 2);
+        let mut live = Lines::open(&one, &path, &["Last-Event-ID:"]).await;
+        assert_eq!(live.sequences(2).await, [LAST - 1, LAST], "{name}");
+        let path = format!("/numbers/live?after={}&{name}=", LAST - 1);
+        assert_eq!(Lines::open(&one, &path, &[]).await.sequences(1).await, [LAST], "{name}");
+    }
 }
 
 /// A client moves between two replicas while products are published and a gateway is killed.
@@ -123,7 +133,7 @@ async fn an_unknown_position_is_reset() {
     let stream = numbers.header("etag").unwrap().split(['"', '-']).nth(1).unwrap();
     let path = format!("/numbers/live?after=4&stream={stream}");
     assert_eq!(Lines::open(&address, &path, &[]).await.sequences(2).await, [5, 6]);
-    for wrong in ["after=-1", "after=x", "afters=1", "after=1&after=2"] {
+    for wrong in ["after=-1", "after=x", "afters=1", "after=1&after=2", "lastEventId=x"] {
         let answer = get(&address, &format!("/numbers/live?{wrong}"), &[]).await;
         assert_eq!(answer.status, 400, "{wrong}");
     }
@@ -200,10 +210,30 @@ async fn event_streams_are_limited() {
     assert!(three.header("retry-after").is_some());
     assert_eq!(get(&address, "/numbers", &[]).await.status, 200);
     drop(one);
+    // The gateway notices that a client is gone when it sends it something.
+    let mut slot = 0;
     eventually("there is room again", async || {
+        slot += 1;
+        pipeline.publish(slot).await;
         Lines::open(&address, "/numbers/live", &[]).await.status == 200
     })
     .await;
+}
+
+/// Without new records, the second heartbeat after the client has gone frees its place.
+#[tokio::test]
+async fn a_heartbeat_frees_the_place_of_a_client_that_is_gone() {
+    let pipeline = Pipeline::new().await;
+    let (_gateway, address) = pipeline.gateway_with(&["--max-event-streams", "1"]).await;
+    sequences(&address, 0).await;
+    drop(Lines::open(&address, "/numbers/live", &[]).await);
+    assert_eq!(get(&address, "/numbers/live", &[]).await.status, 503);
+    let freed = async {
+        while Lines::open(&address, "/numbers/live", &[]).await.status != 200 {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    tokio::time::timeout(patient(Duration::from_secs(45)), freed).await.expect("it is still taken");
 }
 
 /// The resident memory of a process in KB, without the buffers that the kernel holds for it.

@@ -162,7 +162,7 @@ async fn the_page_asks_for_a_token_if_one_is_needed() {
     let key = scratch.path("key");
     std::fs::write(&key, "0123456789abcdef0123456789abcdef").unwrap();
     let key = key.to_str().unwrap();
-    let shown = Shown::new(&["--jwt-key", key]).await;
+    let shown = Shown::new(&["--jwt-secret", key]).await;
     eventually("the page asks for a token", async || shown.state().await == "a token is needed")
         .await;
     shown.browser.value("document.getElementById('token').focus()").await;
@@ -172,7 +172,7 @@ async fn the_page_asks_for_a_token_if_one_is_needed() {
     })
     .await;
     shown.browser.screenshot("token").await;
-    let mut token = Process::start(&scratch, "evenodd", &["token", "--key", key]);
+    let mut token = Process::start(&scratch, "evenodd", &["token", "--secret", key]);
     assert!(token.wait().await.success());
     shown.browser.value("document.getElementById('token').value = ''").await;
     shown.browser.value("document.getElementById('token').focus()").await;
