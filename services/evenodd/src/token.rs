@@ -57,7 +57,7 @@ impl Token {
         if let Some(issuer) = &self.issuer {
             claims["iss"] = issuer.as_str().into();
         }
-        println!("{}", encode(&Header::new(algorithm), &claims, &key)?);
+        runtime::telemetry::print(encode(&Header::new(algorithm), &claims, &key)?)?;
         Ok(ExitCode::SUCCESS)
     }
 }
