@@ -4,34 +4,42 @@ use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use tokio::process::Command;
 
-use super::Up;
+use super::child::Spec;
+use super::{NATS_SERVER, Up};
 
 /// The broker's configuration; ports and directories come from its command line.
 const NATS_CONFIGURATION: &str = include_str!("../../../../nats/single.conf");
 
 /// The oldest nats-server that is accepted; the same as in nats/install.
-const MINIMUM: [u32; 2] = [2, 12];
+const MINIMUM: [u32; 2] = [2, 15];
 
-/// A data directory with the broker's configuration in it.
-pub struct Store {
-    /// The absolute path.
-    pub directory: PathBuf,
-    /// The lock on the directory. The broker inherits it: if this process is killed, the directory
-    /// stays locked until the broker has gone.
-    pub lock: File,
+/// The data directory, if it was not there before. It is removed if the start fails.
+pub struct Made(pub Option<PathBuf>);
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        if let Some(directory) = self.0.take() {
+            let _ = fs::remove_dir_all(directory);
+        }
+    }
 }
 
-/// Checks what `up` needs, and opens the store.
+/// Checks what `up` needs, and makes the data directory.
 ///
 /// # Errors
 /// Every fault that was found, one a line.
-pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<Store> {
+pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<(Spec, Made)> {
     let mut faults = Vec::new();
     for program in ["generator", "multiplier", "gateway"] {
-        note(&mut faults, is_built(&evenodd.with_file_name(program)));
+        let file = evenodd.with_file_name(program);
+        if !file.is_file() {
+            let shown = file.display();
+            faults
+                .push(format!("there is no {shown}; `cargo build --workspace` builds everything"));
+        }
     }
     // Held until all are checked, so that a port that is wanted twice is found as well.
     let mut listeners = Vec::new();
@@ -42,24 +50,42 @@ pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<Store> {
         let address = ([127, 0, 0, 1], port).into();
         listeners.push(note(&mut faults, listen(address, "--nats-port")));
     }
-    note(&mut faults, is_new_enough(&up.nats_server).await);
-    let store = note(&mut faults, open_store(&up.data));
-    store.filter(|_| faults.is_empty()).with_context(|| faults.join("\nerror: "))
+    let nats_server = note(&mut faults, nats_server(&up.nats_server, evenodd).await);
+    let mut made = Made(None);
+    let store = note(&mut faults, open_store(&up.data, &mut made));
+    let (Some(nats_server), Some((store, lock)), []) = (nats_server, store, &faults[..]) else {
+        bail!(faults.join("\nerror: "))
+    };
+    Ok((up.broker(&nats_server, store, lock), made))
 }
 
 fn note<T>(faults: &mut Vec<String>, result: anyhow::Result<T>) -> Option<T> {
     result.map_err(|fault| faults.push(format!("{fault:#}"))).ok()
 }
 
-fn is_built(program: &Path) -> anyhow::Result<()> {
-    let shown = program.display();
-    ensure!(program.is_file(), "there is no {shown}; `cargo build --workspace` builds everything");
-    Ok(())
-}
-
 fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address)
         .with_context(|| format!("cannot listen on {address}; choose another with {flag}"))
+}
+
+/// The one that is named or on PATH, or the one that `nats/install` has put beside this program's
+/// sources.
+async fn nats_server(named: &Path, evenodd: &Path) -> anyhow::Result<PathBuf> {
+    let fault = match is_new_enough(named).await {
+        Ok(()) => return Ok(named.to_owned()),
+        Err(fault) => fault,
+    };
+    if named == Path::new(NATS_SERVER) {
+        // This program is target/release/evenodd.
+        let installed = evenodd.ancestors().nth(3).map(|sources| sources.join("nats/bin"));
+        let files = installed.and_then(|directory| fs::read_dir(directory).ok());
+        for file in files.into_iter().flatten().flatten() {
+            if is_new_enough(&file.path()).await.is_ok() {
+                return Ok(file.path());
+            }
+        }
+    }
+    Err(fault)
 }
 
 async fn is_new_enough(nats_server: &Path) -> anyhow::Result<()> {
@@ -78,19 +104,24 @@ async fn is_new_enough(nats_server: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes the data directory, locks it, and writes the broker's configuration into it.
-fn open_store(data: &Path) -> anyhow::Result<Store> {
+/// Makes the data directory, locks it, and writes the broker's configuration into it. Returns its
+/// absolute path and the lock.
+fn open_store(data: &Path, made: &mut Made) -> anyhow::Result<(PathBuf, File)> {
     let shown = data.display();
-    fs::create_dir_all(data).with_context(|| format!("cannot make the data directory {shown}"))?;
-    let directory = data.canonicalize().with_context(|| format!("data directory {shown}"))?;
+    let store = std::path::absolute(data).with_context(|| format!("data directory {shown}"))?;
+    let missing = Some(store.clone()).filter(|store| !store.exists());
+    fs::create_dir_all(&store)
+        .with_context(|| format!("cannot make the data directory {shown}"))?;
     let written = || format!("cannot write to the data directory {shown}");
-    let lock = File::create(directory.join("lock")).with_context(written)?;
+    let lock = File::create(store.join("lock")).with_context(written)?;
     lock.try_lock().with_context(|| {
         format!(
             "cannot lock the data directory {shown}: if another `evenodd up` uses it, stop that one \
              or choose another with --data"
         )
     })?;
-    fs::write(directory.join("nats-server.conf"), NATS_CONFIGURATION).with_context(written)?;
-    Ok(Store { directory, lock })
+    // Only now: another `up` may have made it in this moment, and holds the lock.
+    made.0 = missing;
+    fs::write(store.join("nats-server.conf"), NATS_CONFIGURATION).with_context(written)?;
+    Ok((store, lock))
 }
