@@ -33,10 +33,9 @@ pub async fn connect(nats: &NatsSettings, flag: &str, timeout: Duration) -> anyh
     let attempt = async || {
         let is_connected = connection::flush(&client, ATTEMPT_TIMEOUT).await;
         ensure!(is_connected, "NATS is not reachable; see {flag} (is the broker running?)");
-        Ok(())
+        Ok(client.clone())
     };
-    retry(Instant::now() + timeout, attempt).await?;
-    Ok(client)
+    retry(Instant::now() + timeout, attempt).await
 }
 
 /// Repeats what fails until the deadline: JetStream takes some time to start, and in a cluster to

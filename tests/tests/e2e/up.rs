@@ -115,10 +115,7 @@ async fn no_child_survives_when_up_is_killed() {
     let (nats_port, http_port) = (port(), port());
     let mut up = start(&scratch, nats_port, http_port);
     is_ready(&up).await;
-    let pid = up.process.pid();
-    let all = ["generator", "multiplier", "gateway", "nats-server"].map(|name| children(pid, name));
-    let all: Vec<i32> = all.into_iter().flatten().collect();
-    assert_eq!(all.len(), 8);
+    let all = all_children(&up).await;
     up.process.kill();
     eventually("all children are gone", async || {
         all.iter().all(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists())
@@ -257,10 +254,16 @@ async fn a_failed_start_ends_with_its_reason_and_leaves_nothing_behind() {
     assert!(scratch.path("data/jetstream").exists());
 }
 
-/// All children of a process.
-fn all_children(up: &Up) -> Vec<i32> {
-    let names = ["generator", "multiplier", "gateway", "nats-server"];
-    names.iter().flat_map(|name| children(up.process.pid(), name)).collect()
+/// Waits until all children are there, and returns them.
+async fn all_children(up: &Up) -> Vec<i32> {
+    let mut all = Vec::new();
+    eventually("all children are there", async || {
+        let names = ["generator", "multiplier", "gateway", "nats-server"];
+        all = names.iter().flat_map(|name| children(up.process.pid(), name)).collect();
+        all.len() == 8
+    })
+    .await;
+    all
 }
 
 #[tokio::test]
@@ -272,7 +275,7 @@ async fn a_hangup_ends_nothing() {
     let mut ticks = Ticks::watch(&client).await;
     ticks.take(1).await;
     up.process.signal(Signal::SIGHUP);
-    for pid in all_children(&up) {
+    for pid in all_children(&up).await {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGHUP).unwrap();
     }
     ticks.take(4).await;
@@ -298,7 +301,8 @@ async fn work_that_is_lost_while_stopping_is_a_failure() {
     let scratch = Scratch::new();
     let mut up = start(&scratch, port(), port());
     is_ready(&up).await;
-    let all = all_children(&up);
+    let all = all_children(&up).await;
+    eventually("numbers come", async || last_seq(&up).await >= 1).await;
     freeze(children(up.process.pid(), "nats-server")[0]);
     up.process.wait_for("not settled yet").await;
     assert_eq!(up.process.terminate().await.code(), Some(1));
@@ -317,8 +321,7 @@ async fn a_second_signal_kills_what_has_not_stopped() {
     let scratch = Scratch::new();
     let mut up = start(&scratch, port(), port());
     is_ready(&up).await;
-    let all = all_children(&up);
-    assert_eq!(all.len(), 8);
+    let all = all_children(&up).await;
     freeze(children(up.process.pid(), "multiplier")[0]);
     let begun = std::time::Instant::now();
     let status = up.process.until("it ends", async |up| {

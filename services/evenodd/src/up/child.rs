@@ -40,6 +40,10 @@ pub struct Spec {
     pub command: Command,
     /// Of the broker: of its output only warnings and errors are shown, and its status 2 is a crash.
     pub store: Option<PathBuf>,
+    /// How long it runs at least before it is started again because of a write error.
+    interval: Duration,
+    /// The latest one first.
+    last_lines: Vec<String>,
 }
 
 impl Spec {
@@ -62,7 +66,7 @@ impl Spec {
             // If `up` itself is killed, its children stop too, and leave the store clean.
             command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?));
         }
-        Self { label, command, store: None }
+        Self { label, command, store: None, interval: RESTART_INTERVAL, last_lines: Vec::new() }
     }
 }
 
@@ -112,16 +116,16 @@ impl Children {
 }
 
 async fn keep_running(mut spec: Spec, control: Control) -> Option<Failure> {
-    let (mut interval, mut failed_starts) = (RESTART_INTERVAL, 0);
+    let mut failed_starts = 0;
     while !control.stop.is_cancelled() {
         let started = Instant::now();
-        let mut last_lines = Vec::new();
-        let result = run(&mut spec, &control, &mut interval, &mut last_lines).await;
+        let result = run(&mut spec, &control).await;
         let code = result.as_ref().ok().and_then(ExitStatus::code);
         failed_starts = if code == Some(1) { failed_starts + 1 } else { 0 };
         let label = &spec.label;
         let fail = |status, what: String| {
-            let lines = last_lines.iter().rev().map(|line| format!("\n{}", labelled(label, line)));
+            let lines =
+                spec.last_lines.iter().rev().map(|line| format!("\n{}", labelled(label, line)));
             Some((status, what + &lines.collect::<String>()))
         };
         match (result, &spec.store) {
@@ -147,17 +151,13 @@ async fn keep_running(mut spec: Spec, control: Control) -> Option<Failure> {
     None
 }
 
-/// Runs a child until it ends by itself or has been stopped. Returns its last lines, the latest one
-/// first.
+/// Runs a child until it ends by itself or has been stopped.
 ///
 /// A broker with a write error refuses every publication from then on, even if the disk has space
-/// again. It is stopped, but not before `interval` has passed since its start, and `interval` grows.
-async fn run(
-    Spec { label, command, store }: &mut Spec,
-    control: &Control,
-    interval: &mut Duration,
-    last_lines: &mut Vec<String>,
-) -> io::Result<ExitStatus> {
+/// again. So it is stopped, but not sooner after its start than `interval`, which grows.
+async fn run(spec: &mut Spec, control: &Control) -> io::Result<ExitStatus> {
+    let Spec { label, command, store, interval, last_lines } = spec;
+    last_lines.clear();
     let mut child = command.spawn()?;
     let stderr = child.stderr.take().ok_or(io::ErrorKind::BrokenPipe)?;
     let write_error = Notify::new();

@@ -41,15 +41,13 @@ pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<(Spec, Made)> {
                 .push(format!("there is no {shown}; `cargo build --workspace` builds everything"));
         }
     }
+    let gateways = (0..up.gateways).map(|n| (up.http(n), "--http"));
+    let broker = [up.nats_port, up.monitoring_port()]
+        .map(|port| (([127, 0, 0, 1], port).into(), "--nats-port"));
     // Held until all are checked, so that a port that is wanted twice is found as well.
-    let mut listeners = Vec::new();
-    for n in 0..up.gateways {
-        listeners.push(note(&mut faults, listen(up.http(n), "--http")));
-    }
-    for port in [up.nats_port, up.monitoring_port()] {
-        let address = ([127, 0, 0, 1], port).into();
-        listeners.push(note(&mut faults, listen(address, "--nats-port")));
-    }
+    let addresses = gateways.chain(broker);
+    let _listeners: Vec<_> =
+        addresses.map(|(address, flag)| note(&mut faults, listen(address, flag))).collect();
     let nats_server = note(&mut faults, nats_server(&up.nats_server, evenodd).await);
     let mut made = Made(None);
     let store = note(&mut faults, open_store(&up.data, &mut made));
@@ -68,29 +66,27 @@ fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
         .with_context(|| format!("cannot listen on {address}; choose another with {flag}"))
 }
 
-/// The one that is named or on PATH, or the one that `nats/install` has put beside this program's
-/// sources.
+/// The nats-server that is named or on PATH, or the one that `nats/install` has put beside this
+/// program's sources.
 async fn nats_server(named: &Path, evenodd: &Path) -> anyhow::Result<PathBuf> {
-    let fault = match is_new_enough(named).await {
-        Ok(()) => return Ok(named.to_owned()),
-        Err(fault) => fault,
-    };
-    if named == Path::new(NATS_SERVER) {
-        // This program is target/release/evenodd.
-        let installed = evenodd.ancestors().nth(3).map(|sources| sources.join("nats/bin"));
-        let files = installed.and_then(|directory| fs::read_dir(directory).ok());
-        for file in files.into_iter().flatten().flatten() {
-            if is_new_enough(&file.path()).await.is_ok() {
-                return Ok(file.path());
-            }
+    let chosen = is_new_enough(named.to_owned()).await;
+    if chosen.is_ok() || named != Path::new(NATS_SERVER) {
+        return chosen;
+    }
+    // This program is target/release/evenodd.
+    let installed =
+        evenodd.ancestors().nth(3).map(|sources| fs::read_dir(sources.join("nats/bin")));
+    for file in installed.into_iter().flatten().flatten().flatten() {
+        if let Ok(found) = is_new_enough(file.path()).await {
+            return Ok(found);
         }
     }
-    Err(fault)
+    chosen
 }
 
-async fn is_new_enough(nats_server: &Path) -> anyhow::Result<()> {
+async fn is_new_enough(nats_server: PathBuf) -> anyhow::Result<PathBuf> {
     let shown = nats_server.display();
-    let output = Command::new(nats_server).arg("--version").output().await.with_context(|| {
+    let output = Command::new(&nats_server).arg("--version").output().await.with_context(|| {
         format!("cannot run {shown}; `nats/install` gets one, --nats-server names one")
     })?;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -101,7 +97,7 @@ async fn is_new_enough(nats_server: &Path) -> anyhow::Result<()> {
         numbers[..] >= MINIMUM[..],
         "{shown} is version {version}; nats-server {major}.{minor} or newer is needed, `nats/install` gets one"
     );
-    Ok(())
+    Ok(nats_server)
 }
 
 /// Makes the data directory, locks it, and writes the broker's configuration into it. Returns its
