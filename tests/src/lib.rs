@@ -32,7 +32,7 @@ use tokio::sync::{Mutex, MutexGuard};
 pub use broker::{Broker, nats_server};
 pub use brokers::Brokers;
 pub use pipeline::{Pipeline, gateway, publish};
-pub use process::Process;
+pub use process::{Process, binaries};
 pub use ticks::{Audit, Ticks};
 
 /// How long a test waits for something before it fails: long enough for a busy machine with two

@@ -170,7 +170,8 @@ fn spawn(command: &[String], variables: &[(&str, &str)], log: &Path) -> Child {
 }
 
 /// The directory with the binaries, built from the current source.
-fn binaries() -> &'static Path {
+#[must_use]
+pub fn binaries() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
         // A test is target/debug/deps/e2e-…, a benchmark is target/release/deps/latency-…; the

@@ -17,6 +17,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
     KeyPair, KeyUsagePurpose,
 };
+use runtime::telemetry::print;
 use time::{Duration, OffsetDateTime};
 
 use crate::broker::USER;
@@ -185,8 +186,7 @@ impl Keys {
             File::open(&self.directory)?.sync_all()
         };
         write().with_context(|| format!("cannot write {}", path.display()))?;
-        println!("made {}", path.display());
-        Ok(())
+        Ok(print(format_args!("made {}", path.display()))?)
     }
 }
 

@@ -1,8 +1,5 @@
 //! The operator's tool: a module for each subcommand. `broker` and `streams` hold what they share.
 
-// A command for people prints its results.
-#![allow(clippy::print_stdout, clippy::print_stderr)]
-
 mod broker;
 mod keys;
 mod provision;
@@ -12,20 +9,21 @@ mod token;
 mod up;
 mod verify;
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use runtime::telemetry;
+use runtime::telemetry::{self, LogFormat, LogSettings};
 
 /// Runs, provisions and checks the Evenodd pipeline.
 #[derive(Parser, Debug)]
-#[command(name = "evenodd", version, subcommand_required = true)]
+#[command(name = "evenodd", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 
     #[command(flatten)]
-    log: telemetry::LogSettings,
+    log: LogSettings,
 }
 
 #[derive(Subcommand, Debug)]
@@ -50,14 +48,24 @@ pub async fn main() -> ExitCode {
     telemetry::start(&cli.log, "warn,async_nats=error,async_nats::connector=off");
     let result = match cli.command {
         Command::Up(up) => up.run(&cli.log).await,
-        Command::Provision(provision) => provision.run().await,
+        Command::Provision(provision) => provision.run(telemetry::print).await,
         Command::Keys(keys) => keys.run(),
         Command::Takeover(takeover) => takeover.run().await,
         Command::Verify(verify) => verify.run().await,
         Command::Token(token) => token.run(),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
+        report(&cli.log, &format!("{error:#}"));
         ExitCode::FAILURE
     })
+}
+
+/// Says why a command failed.
+fn report(log: &LogSettings, text: &str) {
+    let line = match log.log_format {
+        LogFormat::Json => up::child::json(up::LABEL, "ERROR", text),
+        LogFormat::Text => format!("error: {text}"),
+    };
+    // There is nowhere left to say that standard error is closed or full.
+    let _ = writeln!(io::stderr(), "{line}");
 }

@@ -4,6 +4,7 @@
 //! update alone can delete history, in spite of `deny_delete` and `deny_purge`.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -37,17 +38,21 @@ pub struct Provision {
 }
 
 impl Provision {
-    /// Provisions one stream after the other, and prints what it did.
-    pub async fn run(self) -> anyhow::Result<ExitCode> {
+    /// Provisions one stream after the other, and prints what it did. A line that cannot be printed is
+    /// an error only in the end.
+    pub async fn run(self, print: impl Fn(String) -> io::Result<()>) -> anyhow::Result<ExitCode> {
         let deadline = Instant::now() + self.wait_ms;
         let client = broker::connect(&self.nats, "--nats", self.wait_ms).await?;
         let replicas = self.replicas.into();
+        let mut printed = Ok(());
         for wanted in [streams::numbers(replicas), streams::ticks(replicas)] {
             let name = wanted.name.clone();
             let has = broker::stream_config(&client, &name, deadline).await?;
             let done = provision(&client, has, wanted, deadline).await;
-            println!("stream {name}: {}", done.with_context(|| format!("stream {name}"))?);
+            let done = done.with_context(|| format!("stream {name}"))?;
+            printed = printed.and(print(format!("stream {name}: {done}")));
         }
+        printed?;
         Ok(ExitCode::SUCCESS)
     }
 }

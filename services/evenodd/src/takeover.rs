@@ -18,6 +18,7 @@ use clap::Args;
 use contract::streams::NUMBERS;
 use futures::StreamExt;
 use runtime::settings::{NatsSettings, server};
+use runtime::telemetry::print;
 use runtime::{Credentials, connection, jetstream};
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout};
@@ -107,10 +108,10 @@ impl Takeover {
             copy.last_sequence,
             original.state.last_sequence,
         );
-        println!(
+        print(format_args!(
             "stream {NUMBERS}: copied {} messages, sequences {} to {}",
             copy.messages, copy.first_sequence, copy.last_sequence
-        );
+        ))?;
         Ok(ExitCode::SUCCESS)
     }
 }

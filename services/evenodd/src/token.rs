@@ -72,7 +72,7 @@ impl Token {
             claims["iss"] = issuer.as_str().into();
         }
         let header = Header { kid: self.kid.clone(), ..Header::new(*algorithm) };
-        println!("{}", encode(&header, &claims, key)?);
+        runtime::telemetry::print(encode(&header, &claims, key)?)?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -1,8 +1,10 @@
 //! `evenodd up`: the whole pipeline on one machine, every service a process of its own.
 
-mod child;
+pub mod child;
 mod preflight;
 
+use std::fs::File;
+use std::future::pending;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
@@ -17,10 +19,15 @@ use tokio::net::TcpStream;
 
 use crate::provision::Provision;
 use child::{Children, STOP_TIMEOUT, Spec};
-use preflight::Store;
 
 /// How long the broker, and then JetStream, may take to start.
 const START_TIMEOUT: Duration = Duration::from_mins(2);
+
+/// The label of this process among the labels of its children.
+pub const LABEL: &str = "evenodd";
+
+/// The nats-server on PATH.
+const NATS_SERVER: &str = "nats-server";
 
 /// Run the whole pipeline on this machine
 ///
@@ -32,7 +39,7 @@ pub struct Up {
     nats_port: u16,
 
     /// The nats-server to start
-    #[arg(long, env = "EVENODD_NATS_SERVER", value_name = "FILE", default_value = "nats-server")]
+    #[arg(long, env = "EVENODD_NATS_SERVER", value_name = "FILE", default_value = NATS_SERVER)]
     nats_server: PathBuf,
 
     /// Where the history is kept
@@ -67,31 +74,51 @@ pub struct Up {
 
 impl Up {
     pub async fn run(self, log: &LogSettings) -> anyhow::Result<ExitCode> {
+        let further = self.gateways.saturating_sub(1);
+        if self.http.port() == 0 || self.http.port().checked_add(further).is_none() {
+            crate::report(log, "--http: each gateway needs a port of its own, from 1 to 65535");
+            return Ok(ExitCode::from(2));
+        }
         let evenodd = std::env::current_exe().context("cannot find this program's own file")?;
-        let store = preflight::check(&self, &evenodd).await?;
+        let broker = preflight::check(&self, &evenodd).await?;
         let shutdown = Shutdown::on_signal(STOP_TIMEOUT)?;
         let mut children = Children::default();
+        children.control.log_format = log.log_format;
+        let control = children.control.clone();
         let result = tokio::select! {
-            result = self.run_children(&evenodd, store, log, &mut children) => result,
-            _ = shutdown.begun() => Ok(ExitCode::SUCCESS),
+            result = self.run_children(&evenodd, broker, log, &mut children) => result,
+            () = control.gave_up.cancelled() => Ok(()),
+            _ = shutdown.begun() => Ok(()),
         };
-        children.stop().await;
+        tokio::spawn(async move {
+            // `timeout` and others send the same signal twice.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            if let Ok(again) = Shutdown::on_signal(STOP_TIMEOUT) {
+                again.begun().await;
+                control.kill.cancel();
+            }
+        });
+        let failures = children.stop().await;
+        if result.is_err() || !failures.is_empty() {
+            preflight::clean_up(&self.data);
+        }
         // Time to print the last lines.
         tokio::time::sleep(Duration::from_millis(50)).await;
-        result
+        failures.iter().for_each(|(_, text)| crate::report(log, text));
+        result?;
+        Ok(failures.iter().map(|(status, _)| *status).max().unwrap_or(0).into())
     }
 
-    /// Starts everything. Returns when a service refuses its settings, with the status that it ended
-    /// with.
+    /// Starts everything, and returns only if that fails.
     async fn run_children(
         &self,
         evenodd: &Path,
-        store: Store,
+        broker: Spec,
         log: &LogSettings,
         children: &mut Children,
-    ) -> anyhow::Result<ExitCode> {
+    ) -> anyhow::Result<()> {
         // In this order, so that what is needed is stopped after those that need it.
-        children.start([self.broker(store)]);
+        children.start([broker]);
         // A client that connects before the broker listens would only complain.
         while TcpStream::connect(("127.0.0.1", self.nats_port)).await.is_err() {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -99,15 +126,17 @@ impl Up {
         let url = format!("nats://127.0.0.1:{}", self.nats_port);
         let nats = NatsSettings { nats: vec![url.parse()?], credentials: Credentials::default() };
         let provision = Provision { nats, replicas: 1, wait_ms: START_TIMEOUT };
-        provision.run().await.context("cannot provision the streams")?;
+        let say = |line: String| {
+            child::print(log.log_format, LABEL, "INFO", &line);
+            Ok(())
+        };
+        provision.run(say).await.context("cannot provision the streams")?;
 
         let service = |label, program, n, args: &[&str]| {
             let label = format!("{label}-{}", n + 1);
             let mut spec = Spec::new(label, &evenodd.with_file_name(program));
             spec.command.args(args).args(["--nats", &url]);
-            if let Some(filter) = &log.log {
-                spec.command.args(["--log", filter]);
-            }
+            spec.command.args(log.log.iter().flat_map(|filter| ["--log", filter]));
             if log.log_format == LogFormat::Json {
                 spec.command.args(["--log-format", "json"]);
             }
@@ -120,13 +149,11 @@ impl Up {
         let odd = (0..self.odd).map(|n| service("odd", "generator", n, &["--parity", "odd"]));
         children.start(even.chain(odd));
         children.start((0..self.multipliers).map(|n| service("multiplier", "multiplier", n, &[])));
-        child::print_line(format!(
-            "\nEvenodd is running: http://{}/ has the numbers, {url} the live feed. Ctrl-C stops it.\n",
-            self.http
-        ));
-
-        children.refused.cancelled().await;
-        Ok(ExitCode::from(2))
+        let http = self.http;
+        say(format!(
+            "Evenodd is running: http://{http}/ has the numbers, {url} the live feed. Ctrl-C stops it."
+        ))?;
+        pending().await
     }
 
     /// The port of the broker's monitoring.
@@ -139,14 +166,16 @@ impl Up {
         SocketAddr::new(self.http.ip(), self.http.port().saturating_add(n))
     }
 
-    fn broker(&self, store: Store) -> Spec {
-        let mut spec = Spec::new("nats".to_owned(), &self.nats_server);
-        spec.is_broker = true;
-        let configuration = store.directory.join("nats-server.conf");
-        spec.command.arg("-c").arg(configuration).arg("-sd").arg(store.directory);
+    fn broker(&self, nats_server: &Path, store: PathBuf, lock: File) -> Spec {
+        let mut spec = Spec::new("nats".to_owned(), nats_server);
+        let configuration = store.join(preflight::CONFIGURATION);
+        spec.command.arg("-c").arg(configuration).arg("-sd").arg(&store);
         spec.command.args(["-p", &self.nats_port.to_string()]);
         spec.command.args(["-m", &self.monitoring_port().to_string()]);
-        spec.command.stdin(Stdio::from(store.lock));
+        // The broker inherits the lock: if this process is killed, the directory stays locked until
+        // the broker has gone.
+        spec.command.stdin(Stdio::from(lock));
+        spec.store = Some(store);
         spec
     }
 }

@@ -4,7 +4,7 @@ mod draws;
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Display, Formatter};
-use std::io::{self, Write};
+use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use contract::{Message, Product, Slot, SlotLength, odds};
 use runtime::history::{self, Entry, MAX_BATCH};
 use runtime::jetstream;
 use runtime::settings::NatsSettings;
+use runtime::telemetry::print;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -59,7 +60,7 @@ impl Verify {
         let last = check_all(&client, NUMBERS, &mut check, Check::message).await?;
         check.end(last);
         check.print_faults()?;
-        writeln!(io::stdout(), "{}{}", check.draws, check.counts)?;
+        print(format_args!("{}{}", check.draws, check.counts))?;
         Ok(if check.counts.faults == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
@@ -127,7 +128,7 @@ impl Check {
     }
 
     fn print_faults(&mut self) -> io::Result<()> {
-        self.faults.drain(..).try_for_each(|fault| writeln!(io::stdout(), "{fault}"))
+        self.faults.drain(..).try_for_each(print)
     }
 
     /// Checks a message of the stream of draws.

@@ -16,7 +16,7 @@ use hyper::{Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 
-use crate::connection;
+use crate::{connection, telemetry};
 
 /// How long a request and its response may take.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -69,7 +69,10 @@ pub(crate) fn check(page: Option<(SocketAddr, &'static str)>) -> ExitCode {
         Err(error) => (ExitCode::FAILURE, format!("{error:#}")),
     };
     // `docker inspect` shows this output.
-    let _ = writeln!(std::io::stdout(), "{text}");
+    if let Err(error) = telemetry::print(text) {
+        let _ = writeln!(std::io::stderr(), "error: {error}");
+        return ExitCode::FAILURE;
+    }
     status
 }
 

@@ -74,13 +74,15 @@ impl Shutdown {
     }
 
     /// A shutdown that begins at the first SIGINT or SIGTERM. From now on, neither signal ends the
-    /// process by itself.
+    /// process by itself, and SIGHUP does not either.
     ///
     /// # Errors
     /// If the process cannot listen for the signals.
     pub fn on_signal(drain: Duration) -> std::io::Result<Self> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
+        // Who has listened for a signal once no longer ends at it.
+        let _ = signal(SignalKind::hangup())?;
         let shutdown = Self::new(drain);
         let begin = shutdown.clone();
         tokio::spawn(async move {

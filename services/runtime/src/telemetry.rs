@@ -1,6 +1,7 @@
-//! Logging to standard error: as text for people, or as JSON for machines.
+//! Logging to standard error: as text for people, or as JSON for machines. Also what commands print.
 
-use std::io::IsTerminal;
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
 
 use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
@@ -27,7 +28,7 @@ pub struct LogSettings {
 /// The format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// Text for people, in colour on a terminal.
+    /// Text for people, in colour on a terminal (see no-color.org).
     #[default]
     Text,
     /// One JSON object per line.
@@ -42,16 +43,26 @@ fn log_filter(text: &str) -> Result<String, ParseError> {
 /// settings have no filter.
 pub fn start(settings: &LogSettings, default_filter: &str) {
     let filter = settings.log.as_deref().unwrap_or(default_filter);
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(io::stderr().is_terminal() && !no_color)
         // Standard error may be closed, for example with its terminal. The task that logs must
         // survive that.
         .log_internal_errors(false)
-        .with_writer(std::io::stderr);
+        .with_writer(io::stderr);
     // Tests start logging several times in one process; the first start counts.
     let _ = match settings.log_format {
         LogFormat::Text => builder.with_target(false).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };
+}
+
+/// Prints a result of a command. Unlike `println!` it does not panic.
+///
+/// # Errors
+/// If standard output is closed or full.
+pub fn print(text: impl Display) -> io::Result<()> {
+    writeln!(io::stdout(), "{text}")
+        .map_err(|e| io::Error::new(e.kind(), format!("cannot write to standard output: {e}")))
 }

@@ -17,6 +17,7 @@ mod multiplier;
 mod numbers;
 mod outages;
 mod page;
+mod printing;
 mod process;
 mod provisioning;
 mod replicas;

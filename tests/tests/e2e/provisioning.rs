@@ -141,3 +141,25 @@ async fn without_a_broker_provision_waits_and_then_fails_clearly() {
     assert_eq!(provision.wait().await.code(), Some(1));
     assert!(provision.log().contains("is the broker running"), "{}", provision.log());
 }
+
+/// `provision` says after a moment what it waits for, and does not wait in silence for --wait-ms.
+#[tokio::test]
+async fn provision_says_what_it_waits_for() {
+    let scratch = Scratch::new();
+    let configuration = scratch.path("plain.conf");
+    std::fs::write(&configuration, "").unwrap();
+    let plain = Broker::start_with(&scratch, &configuration).await;
+    std::fs::write(&configuration, "authorization { token: secret }").unwrap();
+    let guarded = Broker::start_with(&scratch, &configuration).await;
+    for (nats, reason) in [
+        (plain.url(), "is JetStream up"),
+        (guarded.url(), "the NATS server refuses access"),
+        ("nats://127.0.0.1:9".to_owned(), "is the broker running"),
+    ] {
+        let args = ["provision", "--nats", &nats, "--wait-ms", "600000"];
+        let mut provision = Process::start(&scratch, "evenodd", &args);
+        provision.wait_for(reason).await;
+        let line = provision.wait_for("trying for another").await;
+        assert!(line.contains("59"), "{line}");
+    }
+}

@@ -1,7 +1,8 @@
-//! Child processes: started, their output prefixed, started again when they die, stopped.
+//! Child processes: started, their output labelled, started again when they die, stopped.
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::LazyLock;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -9,10 +10,15 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use runtime::telemetry::LogFormat;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{ChildStderr, Command};
+use tokio::process::{Child, Command};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -20,14 +26,24 @@ use tracing::warn;
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(8);
 /// The least time between two starts of a child: one that dies after that is started again at once.
 const RESTART_INTERVAL: Duration = Duration::from_secs(1);
+/// The same for a broker with a write error, after several of them.
+const MAX_RESTART_INTERVAL: Duration = Duration::from_mins(1);
+/// How often in a row a broker may end with status 1, which it does if it cannot start.
+const MAX_FAILED_STARTS: u32 = 3;
+/// How many of its last lines are repeated if a child fails.
+const LAST_LINES: usize = 5;
 
 /// What to start, and to start again whenever it ends.
 pub struct Spec {
-    /// The prefix of its output.
+    /// Marks its output.
     pub label: String,
     pub command: Command,
-    /// Of the broker's output only warnings and errors are shown, and its status 2 is a crash.
-    pub is_broker: bool,
+    /// Of the broker: of its output only warnings and errors are shown, and its status 2 is a crash.
+    pub store: Option<PathBuf>,
+    /// How long it runs at least before it is started again because of a write error.
+    interval: Duration,
+    /// The latest one first.
+    last_lines: Vec<String>,
 }
 
 impl Spec {
@@ -50,16 +66,30 @@ impl Spec {
             // If `up` itself is killed, its children stop too, and leave the store clean.
             command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?));
         }
-        Self { label, command, is_broker: false }
+        Self { label, command, store: None, interval: RESTART_INTERVAL, last_lines: Vec::new() }
     }
 }
+
+/// What `up` and the tasks of the children tell each other.
+#[derive(Clone, Default)]
+pub struct Control {
+    pub log_format: LogFormat,
+    /// Cancelled when a child is not started again, because it would always fail.
+    pub gave_up: CancellationToken,
+    /// Cancelled when the children of a stage are to stop, and when there is no time left for that.
+    stop: CancellationToken,
+    pub kill: CancellationToken,
+}
+
+/// A child that failed for good: the exit status of `up`, and what happened, with the last lines of
+/// the child.
+pub type Failure = (u8, String);
 
 /// The children in stages: the stage that was started last is stopped first.
 #[derive(Default)]
 pub struct Children {
-    stages: Vec<(JoinSet<()>, CancellationToken)>,
-    /// Cancelled when a service refuses its settings.
-    pub refused: CancellationToken,
+    stages: Vec<(JoinSet<Option<Failure>>, CancellationToken)>,
+    pub control: Control,
 }
 
 impl Children {
@@ -68,73 +98,120 @@ impl Children {
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
         for spec in specs {
-            tasks.spawn(keep_running(spec, stop.clone(), self.refused.clone()));
+            let control = Control { stop: stop.clone(), ..self.control.clone() };
+            tasks.spawn(keep_running(spec, control));
         }
         self.stages.push((tasks, stop));
     }
 
-    /// Stops one stage after the other, and waits until all children are gone.
-    pub async fn stop(self) {
+    /// Stops one stage after the other, waits until all children are gone, and returns what failed.
+    pub async fn stop(self) -> Vec<Failure> {
+        let mut failures = Vec::new();
         for (tasks, stop) in self.stages.into_iter().rev() {
             stop.cancel();
-            tasks.join_all().await;
+            failures.extend(tasks.join_all().await.into_iter().flatten());
         }
+        failures
     }
 }
 
-async fn keep_running(mut spec: Spec, stop: CancellationToken, refused: CancellationToken) {
-    while !stop.is_cancelled() {
-        let restart = Instant::now() + RESTART_INTERVAL;
-        let result = run(&mut spec, &stop).await;
+async fn keep_running(mut spec: Spec, control: Control) -> Option<Failure> {
+    let mut failed_starts = 0;
+    while !control.stop.is_cancelled() {
+        let started = Instant::now();
+        let result = run(&mut spec, &control).await;
+        let code = result.as_ref().ok().and_then(ExitStatus::code);
+        failed_starts = if code == Some(1) { failed_starts + 1 } else { 0 };
         let label = &spec.label;
-        match result {
-            Ok(status) if status.success() && stop.is_cancelled() => {}
-            Ok(status) if stop.is_cancelled() => warn!("{label} stopped with {status}"),
+        let fail = |status, what: String| {
+            let lines =
+                spec.last_lines.iter().rev().map(|line| format!("\n{}", labelled(label, line)));
+            Some((status, what + &lines.collect::<String>()))
+        };
+        match (result, &spec.store) {
+            (Ok(status), _) if control.stop.is_cancelled() => {
+                // SIGTERM kills a child that has only just been started.
+                let is_clean = status.success() || status.signal() == Some(Signal::SIGTERM as i32);
+                return fail(1, format!("{label} stopped with {status}")).filter(|_| !is_clean);
+            }
             // The service has said what is wrong, and would say the same for ever.
-            Ok(status) if status.code() == Some(2) && !spec.is_broker => return refused.cancel(),
-            Ok(status) => warn!("{label} ended with {status}; starting it again"),
-            Err(error) => warn!("cannot start {label}: {error}"),
+            (Ok(_), None) if code == Some(2) => {
+                control.gave_up.cancel();
+                return fail(2, format!("{label} refuses its settings"));
+            }
+            (Ok(_), Some(store)) if failed_starts == MAX_FAILED_STARTS => {
+                control.gave_up.cancel();
+                return fail(1, format!("{label} cannot start; its store is {}", store.display()));
+            }
+            (Ok(status), _) => warn!(label, "ended with {status}; starting it again"),
+            (Err(error), _) => warn!(label, "cannot be started: {error}"),
         }
-        stop.run_until_cancelled(tokio::time::sleep_until(restart)).await;
+        control.stop.run_until_cancelled(sleep_until(started + RESTART_INTERVAL)).await;
     }
+    None
 }
 
 /// Runs a child until it ends by itself or has been stopped.
-async fn run(spec: &mut Spec, stop: &CancellationToken) -> io::Result<ExitStatus> {
-    let mut child = spec.command.spawn()?;
-    let output = print(spec, child.stderr.take());
-    let end = async {
-        if let Some(status) = stop.run_until_cancelled(child.wait()).await {
-            return status;
+///
+/// A broker with a write error refuses every publication from then on, even if the disk has space
+/// again. So it is stopped, but not sooner after its start than `interval`, which grows.
+async fn run(spec: &mut Spec, control: &Control) -> io::Result<ExitStatus> {
+    let Spec { label, command, store, interval, last_lines } = spec;
+    last_lines.clear();
+    let mut child = command.spawn()?;
+    let stderr = child.stderr.take().ok_or(io::ErrorKind::BrokenPipe)?;
+    let write_error = Notify::new();
+    let output = async {
+        let mut lines = BufReader::new(stderr).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            if line.is_empty() || store.is_some() && line.contains("[INF]") {
+                continue;
+            }
+            if store.is_some() && line.to_lowercase().contains("critical write error") {
+                write_error.notify_one();
+            }
+            let level = if line.contains("[WRN]") { "WARN" } else { "ERROR" };
+            print(control.log_format, label, level, &line);
+            last_lines.truncate(LAST_LINES - 1);
+            last_lines.insert(0, line);
         }
-        if let Some(pid) = child.id() {
-            // It may have ended by itself in this moment.
-            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
-        }
-        if let Ok(status) = tokio::time::timeout(STOP_TIMEOUT, child.wait()).await {
-            return status;
-        }
-        warn!("{} did not stop within {} s: killing it", spec.label, STOP_TIMEOUT.as_secs());
-        child.kill().await?;
-        child.wait().await
     };
-    let (status, ()) = tokio::join!(end, output);
-    status
-}
-
-async fn print(spec: &Spec, output: Option<ChildStderr>) {
-    let Some(output) = output else { return };
-    let mut lines = BufReader::new(output).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        if !(spec.is_broker && line.contains("[INF]")) {
-            print_line(format!("{:<12} | {line}", spec.label));
+    let earliest = Instant::now() + *interval;
+    let restart = async {
+        write_error.notified().await;
+        sleep_until(earliest).await;
+    };
+    let end = async {
+        tokio::select! {
+            status = child.wait() => return status,
+            () = control.stop.cancelled() => {}
+            () = restart => {
+                warn!(label, "cannot write to its store; restarting it");
+                *interval = MAX_RESTART_INTERVAL.min(*interval * 2);
+            }
         }
-    }
+        stop(&mut child, label, control).await
+    };
+    tokio::join!(end, output).0
 }
 
-/// Queues a line for printing; drops it when the queue is full. So neither this process nor its
-/// children wait for a reader of the output.
-pub fn print_line(line: String) {
+async fn stop(child: &mut Child, label: &str, control: &Control) -> io::Result<ExitStatus> {
+    if let Some(pid) = child.id() {
+        // It may have ended by itself in this moment.
+        let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
+    }
+    let stopped = timeout(STOP_TIMEOUT, child.wait());
+    if let Some(Ok(status)) = control.kill.run_until_cancelled(stopped).await {
+        return status;
+    }
+    warn!(label, "has not stopped in time: killing it");
+    child.kill().await?;
+    child.wait().await
+}
+
+/// Queues a line of the process with this label for printing; drops it when the queue is full. So
+/// neither this process nor its children wait for a reader of the output.
+pub fn print(format: LogFormat, label: &str, level: &str, line: &str) {
     const QUEUE: usize = 4096;
     static PRINTER: LazyLock<SyncSender<String>> = LazyLock::new(|| {
         let (sender, lines) = sync_channel::<String>(QUEUE);
@@ -145,5 +222,40 @@ pub fn print_line(line: String) {
         });
         sender
     });
-    let _ = PRINTER.try_send(line);
+    let _ = PRINTER.try_send(match format {
+        LogFormat::Text => labelled(label, line),
+        LogFormat::Json => json(label, level, line),
+    });
+}
+
+fn labelled(label: &str, line: &str) -> String {
+    format!("{label:<12} | {line}")
+}
+
+/// A line as a JSON object with a label: the object that it is, or a new one.
+pub fn json(label: &str, level: &str, line: &str) -> String {
+    let object = serde_json::from_str(line).ok().filter(Value::is_object);
+    let mut object = object.unwrap_or_else(|| {
+        let timestamp = OffsetDateTime::now_utc().format(&Rfc3339).ok();
+        json!({ "timestamp": timestamp, "level": level, "message": line })
+    });
+    object["label"] = label.into();
+    object.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_line_becomes_an_object_with_a_label() {
+        let own = json("even-1", "ERROR", r#"{"level":"INFO","message":"ready"}"#);
+        assert_eq!(own, r#"{"label":"even-1","level":"INFO","message":"ready"}"#);
+        for line in ["[1] [WRN] a \"text\"", "7", "[1]", "{", ""] {
+            let wrapped: Value = serde_json::from_str(&json("nats", "WARN", line)).unwrap();
+            assert_eq!((&wrapped["label"], &wrapped["level"]), (&json!("nats"), &json!("WARN")));
+            assert_eq!(wrapped["message"], line);
+            assert!(wrapped["timestamp"].as_str().unwrap().ends_with('Z'));
+        }
+    }
 }

@@ -4,57 +4,61 @@ use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use tokio::process::Command;
 
-use super::Up;
+use super::child::Spec;
+use super::{NATS_SERVER, Up};
 
 /// The broker's configuration; ports and directories come from its command line.
 const NATS_CONFIGURATION: &str = include_str!("../../../../nats/single.conf");
 
+/// The files of `up` in the data directory.
+pub const CONFIGURATION: &str = "nats-server.conf";
+const LOCK: &str = "lock";
+
 /// The oldest nats-server that is accepted; the same as in nats/install.
-const MINIMUM: [u32; 2] = [2, 12];
+const MINIMUM: [u32; 2] = [2, 15];
 
-/// A data directory with the broker's configuration in it.
-pub struct Store {
-    /// The absolute path.
-    pub directory: PathBuf,
-    /// The lock on the directory. The broker inherits it: if this process is killed, the directory
-    /// stays locked until the broker has gone.
-    pub lock: File,
-}
-
-/// Checks what `up` needs, and opens the store.
+/// Checks what `up` needs, makes the data directory, and returns how to start the broker on it.
 ///
 /// # Errors
 /// Every fault that was found, one a line.
-pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<Store> {
+pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<Spec> {
     let mut faults = Vec::new();
     for program in ["generator", "multiplier", "gateway"] {
-        note(&mut faults, is_built(&evenodd.with_file_name(program)));
+        let file = evenodd.with_file_name(program);
+        if !file.is_file() {
+            let shown = file.display();
+            faults
+                .push(format!("there is no {shown}; `cargo build --workspace` builds everything"));
+        }
     }
+    let gateways = (0..up.gateways).map(|n| (up.http(n), "--http"));
+    let broker = [up.nats_port, up.monitoring_port()]
+        .map(|port| (([127, 0, 0, 1], port).into(), "--nats-port"));
     // Held until all are checked, so that a port that is wanted twice is found as well.
-    let mut listeners = Vec::new();
-    for n in 0..up.gateways {
-        listeners.push(note(&mut faults, listen(up.http(n), "--http")));
-    }
-    for port in [up.nats_port, up.monitoring_port()] {
-        let address = ([127, 0, 0, 1], port).into();
-        listeners.push(note(&mut faults, listen(address, "--nats-port")));
-    }
-    note(&mut faults, is_new_enough(&up.nats_server).await);
+    let addresses = gateways.chain(broker);
+    let _listeners: Vec<_> =
+        addresses.map(|(address, flag)| note(&mut faults, listen(address, flag))).collect();
+    let nats_server = note(&mut faults, nats_server(&up.nats_server, evenodd).await);
     let store = note(&mut faults, open_store(&up.data));
-    store.filter(|_| faults.is_empty()).with_context(|| faults.join("\nerror: "))
+    match (nats_server, store) {
+        (Some(nats_server), Some((store, lock))) if faults.is_empty() => {
+            Ok(up.broker(&nats_server, store, lock))
+        }
+        (_, store) => {
+            // Without the lock, another `up` uses it.
+            if store.is_some() {
+                clean_up(&up.data);
+            }
+            bail!(faults.join("\nerror: "))
+        }
+    }
 }
 
 fn note<T>(faults: &mut Vec<String>, result: anyhow::Result<T>) -> Option<T> {
     result.map_err(|fault| faults.push(format!("{fault:#}"))).ok()
-}
-
-fn is_built(program: &Path) -> anyhow::Result<()> {
-    let shown = program.display();
-    ensure!(program.is_file(), "there is no {shown}; `cargo build --workspace` builds everything");
-    Ok(())
 }
 
 fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
@@ -62,9 +66,27 @@ fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
         .with_context(|| format!("cannot listen on {address}; choose another with {flag}"))
 }
 
-async fn is_new_enough(nats_server: &Path) -> anyhow::Result<()> {
+/// The nats-server that is named or on PATH, or the one that `nats/install` has put beside this
+/// program's sources.
+async fn nats_server(named: &Path, evenodd: &Path) -> anyhow::Result<PathBuf> {
+    let chosen = is_new_enough(named.to_owned()).await;
+    if chosen.is_ok() || named != Path::new(NATS_SERVER) {
+        return chosen;
+    }
+    // This program is target/release/evenodd.
+    let installed =
+        evenodd.ancestors().nth(3).map(|sources| fs::read_dir(sources.join("nats/bin")));
+    for file in installed.into_iter().flatten().flatten().flatten() {
+        if let Ok(found) = is_new_enough(file.path()).await {
+            return Ok(found);
+        }
+    }
+    chosen
+}
+
+async fn is_new_enough(nats_server: PathBuf) -> anyhow::Result<PathBuf> {
     let shown = nats_server.display();
-    let output = Command::new(nats_server).arg("--version").output().await.with_context(|| {
+    let output = Command::new(&nats_server).arg("--version").output().await.with_context(|| {
         format!("cannot run {shown}; `nats/install` gets one, --nats-server names one")
     })?;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -75,22 +97,34 @@ async fn is_new_enough(nats_server: &Path) -> anyhow::Result<()> {
         numbers[..] >= MINIMUM[..],
         "{shown} is version {version}; nats-server {major}.{minor} or newer is needed, `nats/install` gets one"
     );
-    Ok(())
+    Ok(nats_server)
 }
 
-/// Makes the data directory, locks it, and writes the broker's configuration into it.
-fn open_store(data: &Path) -> anyhow::Result<Store> {
+/// Makes the data directory, locks it, and writes the broker's configuration into it. Returns its
+/// absolute path and the lock.
+fn open_store(data: &Path) -> anyhow::Result<(PathBuf, File)> {
     let shown = data.display();
-    fs::create_dir_all(data).with_context(|| format!("cannot make the data directory {shown}"))?;
-    let directory = data.canonicalize().with_context(|| format!("data directory {shown}"))?;
+    let store = std::path::absolute(data).with_context(|| format!("data directory {shown}"))?;
+    fs::create_dir_all(&store)
+        .with_context(|| format!("cannot make the data directory {shown}"))?;
     let written = || format!("cannot write to the data directory {shown}");
-    let lock = File::create(directory.join("lock")).with_context(written)?;
+    let lock = File::create(store.join(LOCK)).with_context(written)?;
     lock.try_lock().with_context(|| {
         format!(
             "cannot lock the data directory {shown}: if another `evenodd up` uses it, stop that one \
              or choose another with --data"
         )
     })?;
-    fs::write(directory.join("nats-server.conf"), NATS_CONFIGURATION).with_context(written)?;
-    Ok(Store { directory, lock })
+    fs::write(store.join(CONFIGURATION), NATS_CONFIGURATION).with_context(written)?;
+    Ok((store, lock))
+}
+
+/// Removes what [`check`] has made, after a start that failed before the broker made its store.
+pub fn clean_up(data: &Path) {
+    if !data.join("jetstream").exists() {
+        let _ = fs::remove_file(data.join(CONFIGURATION));
+        let _ = fs::remove_file(data.join(LOCK));
+        // This fails if anything else is there.
+        let _ = fs::remove_dir(data);
+    }
 }
