@@ -21,7 +21,7 @@ async fn a_closed_or_full_standard_output_is_one_line_and_status_1() {
     let path = |name: &str| scratch.path(name).to_str().unwrap().to_owned();
     let (key, keys) = (path("key"), path("keys"));
     for command in [
-        format!("./evenodd token --key {key}"),
+        format!("./evenodd token --secret {key}"),
         format!("./evenodd keys --directory {keys}"),
         format!("./evenodd provision --nats {nats}"),
         format!("./evenodd verify --nats {nats}"),
