@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::Context;
 use async_nats::Client;
 use async_nats::jetstream::stream::Config;
 use runtime::jetstream::NoStream;
@@ -15,21 +15,28 @@ use tokio::time::Instant;
 /// The operator's name among the users of the broker.
 pub const USER: &str = "operator";
 
-/// How long a broker that is up may take to answer.
-pub const TIMEOUT: Duration = Duration::from_secs(10);
-/// How long to wait for an answer before the request is repeated.
-const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a broker that is up may take to answer a request.
+pub const TIMEOUT: Duration = Duration::from_secs(2);
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
-/// Connects as the operator. `flag` is the one that names the broker.
+/// Connects as the operator. `flag` is the one that names the broker. If `wait` is zero, this is one
+/// attempt.
 ///
 /// # Errors
-/// If there is no connection within `timeout`.
-pub async fn connect(nats: &NatsSettings, flag: &str, timeout: Duration) -> anyhow::Result<Client> {
-    let client = connection::connect(nats, USER, "evenodd").await?;
-    let is_connected = connection::flush(&client, timeout).await;
-    ensure!(is_connected, "NATS is not reachable; see {flag} (is the broker running?)");
-    Ok(client)
+/// If there is no connection after that time.
+pub async fn connect(
+    nats: &NatsSettings,
+    flag: &'static str,
+    wait: Duration,
+) -> anyhow::Result<Client> {
+    if !wait.is_zero() {
+        let client = connection::connect(nats, USER, "evenodd").await?;
+        if connection::flush(&client, wait).await {
+            return Ok(client);
+        }
+    }
+    // After a wait, for the error.
+    connection::connect_now(nats, USER, "evenodd").await.context(flag)
 }
 
 /// Repeats what fails until the deadline: JetStream takes some time to start, and in a cluster to
@@ -58,7 +65,7 @@ pub async fn stream_config(
     stream: &str,
     deadline: Instant,
 ) -> anyhow::Result<Option<Config>> {
-    let attempt = async || match jetstream::info(client, stream, ATTEMPT_TIMEOUT).await {
+    let attempt = async || match jetstream::info(client, stream, TIMEOUT).await {
         Err(error) if error.is::<NoStream>() => Ok(None),
         result => Ok(Some(result?.config)),
     };

@@ -21,3 +21,4 @@ mod provisioning;
 mod replicas;
 mod takeover;
 mod up;
+mod verify;
