@@ -14,8 +14,8 @@ mod verify;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
-use runtime::telemetry;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use runtime::{settings, telemetry};
 
 /// Runs, provisions and checks the Evenodd pipeline.
 #[derive(Parser, Debug)]
@@ -45,9 +45,11 @@ enum Command {
 #[must_use]
 #[tokio::main(flavor = "current_thread")]
 pub async fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = settings::ignore_empty(Cli::command()).get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     // Only warnings: a command's result is its output.
     telemetry::start(&cli.log, "warn,async_nats=error,async_nats::connector=off");
+    settings::warn_of_unknown();
     let result = match cli.command {
         Command::Up(up) => up.run(&cli.log).await,
         Command::Provision(provision) => provision.run().await,

@@ -11,7 +11,7 @@ use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use contract::{Parity, subjects};
 use futures::StreamExt;
-use runtime::health::HealthSettings;
+use runtime::health::{Health, HealthSettings};
 use runtime::micro::{self, Counters, Description};
 use runtime::settings::CommonSettings;
 use runtime::{Service, Shutdown};
@@ -52,7 +52,7 @@ impl Service for Settings {
         self.health.health
     }
 
-    async fn run(self, client: Client, shutdown: Shutdown) -> anyhow::Result<()> {
+    async fn run(self, client: Client, shutdown: Shutdown, _: Health) -> anyhow::Result<()> {
         run(client, self.parity, shutdown).await
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use contract::{Draw, Message, Parity, Slot, subjects};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use runtime::Shutdown;
 use runtime::history::{Entry, ReadError};
 use runtime::jetstream::{Ack, PublishError};
 use tokio::sync::mpsc;
@@ -80,17 +81,26 @@ impl<W: World> Outbox<W> {
         Self { id, clock, world, jitter, failing: false, given_up: None }
     }
 
-    /// Settles the slots in their order. Calls `settled` with the draw that the stream keeps and
-    /// the time that the slot took.
+    /// Settles the slots in their order, until `turns` ends or the deadline of the shutdown. Calls
+    /// `settled` with the draw that the stream keeps and the time that the slot took.
+    ///
+    /// # Errors
+    /// The last slots, if they had to be given up.
     pub async fn run(
         mut self,
         mut turns: mpsc::Receiver<Turn>,
         settled: impl Fn(&Draw, Duration) + Send,
-    ) {
+        shutdown: Shutdown,
+    ) -> Result<(), String> {
         while let Some(turn) = turns.recv().await {
             let begun = Instant::now();
             let mut tick = Tick::new(turn.slot, &self.id);
-            if self.settle(&turn, &mut tick).await {
+            let is_settled = tokio::select! {
+                biased;
+                () = shutdown.is_over() => false,
+                is_settled = self.settle(&turn, &mut tick) => is_settled,
+            };
+            if is_settled {
                 self.report_given_up();
                 debug!(draw = ?tick.draw, "settled");
                 settled(&tick.draw, begun.elapsed());
@@ -98,11 +108,11 @@ impl<W: World> Outbox<W> {
             }
             let (first, _, slots) = self.given_up.unwrap_or((turn.slot, turn.slot, 0));
             self.given_up = Some((first, turn.slot, slots + 1));
-            if slots + 1 >= REPORT {
+            if slots + 1 >= REPORT && !shutdown.has_begun() {
                 self.report_given_up();
             }
         }
-        self.report_given_up();
+        self.given_up().map_or(Ok(()), Err)
     }
 
     /// Retries until the slot has a draw, and its product, if due, is in the history. Returns
@@ -178,9 +188,18 @@ impl<W: World> Outbox<W> {
     }
 
     fn report_given_up(&mut self) {
-        if let Some((first, last, slots)) = self.given_up.take() {
-            error!(%first, %last, slots, "gave up on slots; their products are lost unless another replica has published them");
+        if let Some(slots) = self.given_up() {
+            error!("{slots}");
         }
+    }
+
+    /// Says which slots were given up and not yet reported.
+    fn given_up(&mut self) -> Option<String> {
+        let (first, last, slots) = self.given_up.take()?;
+        Some(format!(
+            "gave up on slots {first} to {last} ({slots} in all); their products are lost unless \
+             another replica publishes them"
+        ))
     }
 }
 
