@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, Result};
 use async_nats::Client;
 use async_nats::jetstream::stream::Config;
 use runtime::jetstream::NoStream;
@@ -19,24 +19,14 @@ pub const USER: &str = "operator";
 pub const TIMEOUT: Duration = Duration::from_secs(2);
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
-/// Connects as the operator. `flag` is the one that names the broker. If `wait` is zero, this is one
-/// attempt.
+/// Connects as the operator, and retries for as long as `wait`. `flag` is the one that names the
+/// broker.
 ///
 /// # Errors
-/// If there is no connection after that time.
-pub async fn connect(
-    nats: &NatsSettings,
-    flag: &'static str,
-    wait: Duration,
-) -> anyhow::Result<Client> {
-    if !wait.is_zero() {
-        let client = connection::connect(nats, USER, "evenodd").await?;
-        if connection::flush(&client, wait).await {
-            return Ok(client);
-        }
-    }
-    // After a wait, for the error.
-    connection::connect_now(nats, USER, "evenodd").await.context(flag)
+/// That of the last attempt.
+pub async fn connect(nats: &NatsSettings, flag: &'static str, wait: Duration) -> Result<Client> {
+    let attempt = async || connection::connect_now(nats, USER).await.context(flag);
+    retry(Instant::now() + wait, attempt).await
 }
 
 /// Repeats what fails until the deadline: JetStream takes some time to start, and in a cluster to
@@ -44,10 +34,7 @@ pub async fn connect(
 ///
 /// # Errors
 /// That of the last attempt.
-pub async fn retry<T>(
-    deadline: Instant,
-    attempt: impl AsyncFn() -> anyhow::Result<T>,
-) -> anyhow::Result<T> {
+pub async fn retry<T>(deadline: Instant, attempt: impl AsyncFn() -> Result<T>) -> Result<T> {
     loop {
         match attempt().await {
             Err(_) if Instant::now() < deadline => tokio::time::sleep(RETRY_PAUSE).await,
@@ -64,7 +51,7 @@ pub async fn stream_config(
     client: &Client,
     stream: &str,
     deadline: Instant,
-) -> anyhow::Result<Option<Config>> {
+) -> Result<Option<Config>> {
     let attempt = async || match jetstream::info(client, stream, TIMEOUT).await {
         Err(error) if error.is::<NoStream>() => Ok(None),
         result => Ok(Some(result?.config)),

@@ -23,7 +23,7 @@ const MAX_AGE: Duration = DUPLICATE_WINDOW.saturating_sub(Duration::from_secs(30
 /// what a replica knows about the stored draws.
 const TOLERANCE: Duration = Duration::from_secs(10);
 /// Why no slot begins.
-const BEHIND: &str = "this machine's clock is behind slots that are stored";
+const BEHIND: &str = "the clock is behind slots that are stored";
 const UNKNOWN: &str = "it is not known which slots TICKS holds";
 /// A multiplier logs a warning if its clock differs from the broker's by more than this.
 const OFFSET: Duration = Duration::from_secs(1);
@@ -44,10 +44,10 @@ pub struct Turn {
 pub struct Clock {
     /// How long a slot is.
     pub length: SlotLength,
+    /// Why no slot begins at this moment, although one should.
+    pub health: Health,
     wall: Arc<dyn Fn() -> Duration + Send + Sync>,
     known: Arc<watch::Sender<Known>>,
-    /// Why no slot begins at this moment, although one should.
-    health: Health,
 }
 
 /// What is known about the stored draws.
@@ -69,12 +69,8 @@ fn is_recent(at: Option<Instant>) -> bool {
 
 impl Clock {
     /// `wall` returns the time since the Unix epoch.
-    pub fn new(
-        length: SlotLength,
-        wall: impl Fn() -> Duration + Send + Sync + 'static,
-        health: Health,
-    ) -> Self {
-        Self { length, wall: Arc::new(wall), known: Arc::default(), health }
+    pub fn new(length: SlotLength, wall: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
+        Self { length, health: Health::default(), wall: Arc::new(wall), known: Arc::default() }
     }
 
     /// Begins slot after slot, for ever.

@@ -10,7 +10,6 @@ mod factors;
 pub mod outbox;
 
 use std::future::ready;
-use std::net::SocketAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_nats::Client;
@@ -18,7 +17,7 @@ use clap::Parser;
 use contract::streams::TICKS;
 use contract::{Draw, Parity, Slot, SlotLength, subjects};
 use futures::StreamExt;
-use runtime::health::{Health, HealthSettings};
+use runtime::health::Health;
 use runtime::history::{self, Entry, MAX_BATCH, ReadError};
 use runtime::jetstream::{self, Ack, PublishError};
 use runtime::micro::{self, Description};
@@ -50,9 +49,6 @@ pub struct Settings {
     #[command(flatten)]
     common: CommonSettings,
 
-    #[command(flatten)]
-    health: HealthSettings,
-
     /// The length of a slot in milliseconds; it must be the same for all replicas, and only tests
     /// change it
     #[arg(long, env = "EVENODD_SLOT_MS", value_name = "MS", default_value = "500", hide = true)]
@@ -68,12 +64,10 @@ impl Service for Settings {
         &self.common
     }
 
-    fn health(&self) -> Option<SocketAddr> {
-        self.health.health
-    }
-
     async fn run(self, client: Client, shutdown: Shutdown, health: Health) -> anyhow::Result<()> {
-        run(client, Clock::new(self.slot_ms, unix_time, health), shutdown).await
+        let mut clock = Clock::new(self.slot_ms, unix_time);
+        clock.health = health;
+        run(client, clock, shutdown).await
     }
 }
 

@@ -70,15 +70,13 @@ pub struct Outbox<W> {
     jitter: StdRng,
     /// Whether the last attempt failed.
     failing: bool,
-    /// The slots that were given up and not yet reported: the first, the last, and how many.
-    given_up: Option<(Slot, Slot, u64)>,
 }
 
 impl<W: World> Outbox<W> {
     /// An outbox for the replica with this id. `seed` determines the jitter of the pauses.
     pub fn new(id: &str, clock: Clock, world: W, seed: u64) -> Self {
         let (id, jitter) = (id.to_owned(), StdRng::seed_from_u64(seed));
-        Self { id, clock, world, jitter, failing: false, given_up: None }
+        Self { id, clock, world, jitter, failing: false }
     }
 
     /// Settles the slots in their order, until `turns` ends or the deadline of the shutdown. Calls
@@ -92,6 +90,8 @@ impl<W: World> Outbox<W> {
         settled: impl Fn(&Draw, Duration) + Send,
         shutdown: Shutdown,
     ) -> Result<(), String> {
+        // The slots that were given up and not yet reported: the first, the last, and how many.
+        let mut given_up = None;
         while let Some(turn) = turns.recv().await {
             let begun = Instant::now();
             let mut tick = Tick::new(turn.slot, &self.id);
@@ -101,18 +101,19 @@ impl<W: World> Outbox<W> {
                 is_settled = self.settle(&turn, &mut tick) => is_settled,
             };
             if is_settled {
-                self.report_given_up();
                 debug!(draw = ?tick.draw, "settled");
                 settled(&tick.draw, begun.elapsed());
-                continue;
+            } else {
+                let (first, _, slots) = given_up.unwrap_or((turn.slot, turn.slot, 0));
+                given_up = Some((first, turn.slot, slots + 1));
             }
-            let (first, _, slots) = self.given_up.unwrap_or((turn.slot, turn.slot, 0));
-            self.given_up = Some((first, turn.slot, slots + 1));
-            if slots + 1 >= REPORT && !shutdown.has_begun() {
-                self.report_given_up();
+            // Those of the shutdown are the last ones, and are reported together.
+            let is_due = |slots| is_settled || slots >= REPORT && !shutdown.has_begun();
+            if let Some(slots) = given_up.take_if(|(_, _, slots)| is_due(*slots)) {
+                error!("{}", describe(slots));
             }
         }
-        self.given_up().map_or(Ok(()), Err)
+        given_up.map_or(Ok(()), |slots| Err(describe(slots)))
     }
 
     /// Retries until the slot has a draw, and its product, if due, is in the history. Returns
@@ -186,21 +187,13 @@ impl<W: World> Outbox<W> {
         tick.draw = Tick::new(slot, &self.id).draw;
         Ok(())
     }
+}
 
-    fn report_given_up(&mut self) {
-        if let Some(slots) = self.given_up() {
-            error!("{slots}");
-        }
-    }
-
-    /// Says which slots were given up and not yet reported.
-    fn given_up(&mut self) -> Option<String> {
-        let (first, last, slots) = self.given_up.take()?;
-        Some(format!(
-            "gave up on slots {first} to {last} ({slots} in all); their products are lost unless \
-             another replica publishes them"
-        ))
-    }
+fn describe((first, last, slots): (Slot, Slot, u64)) -> String {
+    format!(
+        "gave up on slots {first} to {last} ({slots} in all); their products are lost unless \
+         another replica publishes them"
+    )
 }
 
 /// The state of a slot while it is being settled.

@@ -24,7 +24,6 @@ use multiplier::outbox::{CAPACITY, Outbox, World};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use runtime::Shutdown;
-use runtime::health::Health;
 use runtime::history::{Entry, ReadError};
 use runtime::jetstream::{Ack, PublishError};
 use time::OffsetDateTime;
@@ -205,7 +204,7 @@ impl Simulation {
                 if offset < 0 { now - change } else { now + change }
             }
         };
-        let clock = Clock::new(self.length, wall, Health::default());
+        let clock = Clock::new(self.length, wall);
         let mut state = self.lock();
         let n = state.replicas.len();
         let (queue, turns) = mpsc::channel(CAPACITY);

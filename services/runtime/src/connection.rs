@@ -1,6 +1,5 @@
 //! The connection to NATS. It reconnects for ever and logs every change of its state.
 
-use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -31,47 +30,34 @@ const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
 
 /// Returns the client at once. It connects in the background and retries for ever.
 ///
-/// `name` is shown in the broker's monitoring. `user` is the user of the service: its replies
-/// arrive on `_INBOX_<user>.>`, which the broker's permissions hide from other services.
+/// `user` is the user of the service: its replies arrive on `_INBOX_<user>.>`, which the broker's
+/// permissions hide from other services. The broker's monitoring shows it as the client's name.
 ///
 /// # Errors
 /// If the settings are unusable. An unreachable broker is not an error.
-pub async fn connect(settings: &NatsSettings, user: &str, name: &str) -> anyhow::Result<Client> {
+pub async fn connect(settings: &NatsSettings, user: &str) -> anyhow::Result<Client> {
     info!(servers = addresses(settings), "connecting to NATS");
     let latest = Mutex::new(None);
-    let options =
-        options(settings, user, name).retry_on_initial_connect().reconnect_to_server_callback(
-            move |servers, _| std::future::ready(next_server(servers, &latest)),
-        );
-    Ok(options.connect(&settings.nats).await?)
+    let next = move |servers, _| std::future::ready(next_server(servers, &latest));
+    let options = options(settings, user).retry_on_initial_connect();
+    Ok(options.reconnect_to_server_callback(next).connect(&settings.nats).await?)
 }
 
 /// As [`connect`], but tries each server once, and returns when the client is connected.
 ///
 /// # Errors
-/// If no server can be reached. The error has the cause for the last one.
-pub async fn connect_now(
-    settings: &NatsSettings,
-    user: &str,
-    name: &str,
-) -> anyhow::Result<Client> {
+/// If it cannot connect to any server. The error has the cause for the last one.
+pub async fn connect_now(settings: &NatsSettings, user: &str) -> anyhow::Result<Client> {
     let limit = CONNECTION_TIMEOUT * u32::try_from(settings.nats.len())?;
-    let connecting = options(settings, user, name).connect(&settings.nats);
-    // A name that does not resolve could take longer.
+    let connecting = options(settings, user).connect(&settings.nats);
+    // The client sets no limit for resolving a name.
     let result = tokio::time::timeout(limit, connecting).await;
-    let error = match result.unwrap_or_else(|_| Err(ConnectErrorKind::TimedOut.into())) {
-        Ok(client) => return Ok(client),
-        Err(error) => error,
-    };
-    // The TLS library reports invalid data.
-    let io = error.source().and_then(|source| source.downcast_ref::<std::io::Error>());
-    let is_tls = io.is_some_and(|io| io.kind() == std::io::ErrorKind::InvalidData);
-    let hint = match error.kind() {
-        ConnectErrorKind::AuthorizationViolation => "is --nkey the key of this user?",
-        _ if is_tls => "is --tls-ca the authority of its certificate?",
-        _ => "is the broker running?",
-    };
-    anyhow::bail!("cannot connect to NATS at {}: {error} ({hint})", addresses(settings))
+    let result = result.unwrap_or_else(|_| Err(ConnectErrorKind::TimedOut.into()));
+    result.map_err(|error| {
+        let servers = addresses(settings);
+        let hint = "is the broker running, and do --nkey and --tls-ca fit?";
+        anyhow::anyhow!("cannot connect to NATS at {servers}: {error} ({hint})")
+    })
 }
 
 /// Not the whole URLs, which may contain a password.
@@ -80,13 +66,13 @@ fn addresses(settings: &NatsSettings) -> String {
     settings.nats.iter().map(address).collect::<Vec<_>>().join(", ")
 }
 
-fn options(settings: &NatsSettings, user: &str, name: &str) -> ConnectOptions {
+fn options(settings: &NatsSettings, user: &str) -> ConnectOptions {
     let servers = addresses(settings);
     // A lasting fault is logged once for each connection, not at every attempt or message.
     let told = Arc::new(AtomicBool::new(false));
     let options = settings.credentials.apply(ConnectOptions::new());
     options
-        .name(name)
+        .name(user)
         .custom_inbox_prefix(format!("_INBOX_{user}"))
         .max_reconnects(None)
         .reconnect_delay_callback(reconnect_delay)
@@ -122,12 +108,6 @@ pub fn request(client: &Client) -> Request {
 #[must_use]
 pub fn inbox(client: &Client) -> String {
     format!("{}.{:032x}", client.new_inbox(), rand::random::<u128>())
-}
-
-/// Waits up to `limit` until the client has sent everything, which takes a connection. Returns
-/// whether it has.
-pub async fn flush(client: &Client, limit: Duration) -> bool {
-    tokio::time::timeout(limit, client.flush()).await.is_ok_and(|flushed| flushed.is_ok())
 }
 
 /// Back-off with jitter: no delay, then up to 50, 100, 200 … 2000 ms.

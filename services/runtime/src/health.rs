@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::Context;
 use async_nats::Client;
-use clap::Args;
 use futures::StreamExt;
 use futures::stream::unfold;
 use hyper::server::conn::http1;
@@ -20,7 +19,6 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use crate::connection;
-use crate::settings::listen_address;
 
 /// How long `healthcheck` waits for the response.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -33,14 +31,6 @@ const CONNECTIONS: usize = 64;
 /// Why a service that is connected to NATS cannot do its work at this moment; `None` if it can. The
 /// service sets it, and the health page shows it.
 pub type Health = watch::Sender<Option<&'static str>>;
-
-/// For services without an HTTP API of their own.
-#[derive(Args, Clone, Copy, Debug)]
-pub struct HealthSettings {
-    /// Answer `GET /healthz` on this address: 200, or 503 with the reason why the service cannot work
-    #[arg(long, env = "EVENODD_HEALTH", value_name = "ADDRESS:PORT", value_parser = listen_address)]
-    pub health: Option<SocketAddr>,
-}
 
 /// Listens on the address, if there is one. Connections queue until [`serve`] runs.
 pub(crate) async fn listen(address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {

@@ -11,7 +11,7 @@ use async_nats::Client;
 use clap::error::ErrorKind;
 use clap::{Command, Parser};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
@@ -31,14 +31,9 @@ pub trait Service: Parser {
     /// The settings that every service has.
     fn common(&self) -> &CommonSettings;
 
-    /// The address on which to answer `GET /healthz` for the service, if any.
-    fn health(&self) -> Option<SocketAddr> {
-        None
-    }
-
     /// The page that `healthcheck` requests, if any.
     fn health_page(&self) -> Option<(SocketAddr, &'static str)> {
-        Some((self.health()?, "/healthz"))
+        Some((self.common().health?, "/healthz"))
     }
 
     /// Checks whether the settings fit together.
@@ -159,10 +154,10 @@ pub fn main<S: Service>() -> ExitCode {
 }
 
 async fn run<S: Service>(service: S) -> anyhow::Result<()> {
-    let CommonSettings { nats, drain_ms, .. } = service.common().clone();
+    let CommonSettings { nats, drain_ms, health, .. } = service.common().clone();
     let shutdown = Shutdown::on_signal(drain_ms)?;
-    let page = health::listen(service.health()).await?;
-    let client = connection::connect(&nats, service.name(), service.name()).await?;
+    let page = health::listen(health).await?;
+    let client = connection::connect(&nats, service.name()).await?;
     let health = Health::default();
     let too_late = async { sleep_until(shutdown.begun().await + OVERTIME).await };
     tokio::select! {
@@ -172,7 +167,8 @@ async fn run<S: Service>(service: S) -> anyhow::Result<()> {
     }
     anyhow::ensure!(shutdown.has_begun(), "the service ended without a signal");
     if connection::is_connected(&client) {
-        connection::flush(&client, Duration::from_secs(1)).await;
+        // If this fails, the broker has just gone.
+        let _ = timeout(Duration::from_secs(1), client.flush()).await;
     }
     info!("stopped");
     Ok(())

@@ -36,6 +36,10 @@ pub struct CommonSettings {
     /// How long a service may take to finish its work after SIGTERM or Ctrl-C, in milliseconds
     #[arg(long, env = "EVENODD_DRAIN_MS", value_name = "MS", default_value = "5000", value_parser = milliseconds(100..=600_000))]
     pub drain_ms: Duration,
+
+    /// Answer `GET /healthz` on this address: 200, or 503 and why the service does not work
+    #[arg(long, env = "EVENODD_HEALTH", value_name = "ADDRESS:PORT", value_parser = listen_address)]
+    pub health: Option<SocketAddr>,
 }
 
 /// How to reach the broker.

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use contract::SlotLength;
 use multiplier::clock::Clock;
-use runtime::health::{self, Health};
+use runtime::health;
 use runtime::settings::NatsSettings;
 use runtime::{Credentials, Shutdown, connection};
 use tests::http::get;
@@ -68,11 +68,11 @@ impl Multiplier {
                 if offset_ms < 0 { now - offset } else { now + offset }
             }
         };
-        let health = Health::default();
-        let clock = Clock::new(SlotLength::DEFAULT, wall, health.clone());
+        let clock = Clock::new(SlotLength::DEFAULT, wall);
+        let health = clock.health.clone();
         let nats = vec![pipeline.broker.url().parse().unwrap()];
         let settings = NatsSettings { nats, credentials: Credentials::default() };
-        let client = connection::connect(&settings, "multiplier", "multiplier").await.unwrap();
+        let client = connection::connect(&settings, "multiplier").await.unwrap();
         let shutdown = Shutdown::new(Duration::from_secs(5));
         let listener = TcpListener::bind(format!("{}.1:0", network())).await.unwrap();
         let address = listener.local_addr().unwrap().to_string();

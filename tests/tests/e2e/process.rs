@@ -7,7 +7,9 @@ use contract::streams::TICKS;
 use contract::{Parity, Slot, SlotLength};
 use nix::sys::signal::Signal;
 use tests::http::try_get;
-use tests::{Audit, Broker, Pipeline, Process, Scratch, Ticks, eventually, patience, port};
+use tests::{
+    Audit, Broker, Pipeline, Process, Scratch, Ticks, eventually, nats_server, patience, port,
+};
 
 #[tokio::test]
 async fn sigterm_ends_every_service_with_status_0_and_loses_nothing() {
@@ -134,6 +136,24 @@ async fn an_empty_variable_is_unset_and_an_unknown_one_is_named() {
     let mut provision = Process::start_with(&scratch, "evenodd", &args, &variables);
     assert_eq!(provision.wait().await.code(), Some(1));
     assert!(provision.log().contains("EVENODD_REPLICA is not a setting"), "{}", provision.log());
+}
+
+/// The processes that `up` starts do not repeat the warning.
+#[tokio::test]
+async fn up_names_an_unknown_variable_once() {
+    let scratch = Scratch::new();
+    let (nats_port, http) = (port().to_string(), format!("127.0.0.1:{}", port()));
+    let (data, server) = (scratch.path("data"), nats_server().to_str().unwrap());
+    let settings = ["--nats-port", &nats_port, "--http", &http, "--nats-server", server];
+    let args = [&["up", "--data", data.to_str().unwrap()], &settings[..]].concat();
+    let variables = [("EVENODD_PARTY", "odd")];
+    let mut up = Process::start_with(&scratch, "evenodd", &args, &variables);
+    up.wait_for("Evenodd is running").await;
+    for label in ["gateway-1", "even-2", "odd-2", "multiplier-2"] {
+        up.wait_for(&format!("{label:<12} |")).await;
+    }
+    assert!(up.terminate().await.success());
+    assert_eq!(up.log().matches("EVENODD_PARTY").count(), 1, "{}", up.log());
 }
 
 #[tokio::test]
