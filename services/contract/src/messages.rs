@@ -14,7 +14,7 @@ use crate::{THRESHOLD, subjects};
 
 /// What is wrong with a payload that could not be decoded.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
+#[error("not a valid message: {0}")]
 pub struct DecodeError(String);
 
 /// A message whose payload is JSON.
@@ -380,7 +380,7 @@ mod tests {
         let wrong = Product::decode(br#"{"number":7,"even":2,"odd":3}"#).unwrap_err();
         assert!(wrong.to_string().contains("2 x 3 is 6, not 7"), "{wrong}");
         let odd = Parity::Even.check(7).unwrap_err();
-        assert_eq!(odd.to_string(), "7 is not an even number from 0 to 1000");
+        assert_eq!(odd.to_string(), "not a valid message: 7 is not an even number from 0 to 1000");
     }
 
     /// Every version must read the payloads that earlier versions have written.

@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context, Result};
 use async_nats::Client;
 use async_nats::jetstream::stream::Config;
 use runtime::jetstream::NoStream;
@@ -16,26 +16,20 @@ use tracing::warn;
 /// The operator's name among the users of the broker.
 pub const USER: &str = "operator";
 
-/// How long a broker that is up may take to answer.
-pub const TIMEOUT: Duration = Duration::from_secs(10);
-/// How long to wait for an answer before the request is repeated.
-const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a broker that is up may take to answer a request.
+pub const TIMEOUT: Duration = Duration::from_secs(2);
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 /// How long to retry before a log line says so.
 const QUIET: Duration = Duration::from_millis(1500);
 
-/// Connects as the operator. `flag` is the one that names the broker.
+/// Connects as the operator, and retries for as long as `wait`. `flag` is the one that names the
+/// broker.
 ///
 /// # Errors
-/// If there is no connection within `timeout`.
-pub async fn connect(nats: &NatsSettings, flag: &str, timeout: Duration) -> anyhow::Result<Client> {
-    let client = connection::connect(nats, USER, "evenodd").await?;
-    let attempt = async || {
-        let is_connected = connection::flush(&client, ATTEMPT_TIMEOUT).await;
-        ensure!(is_connected, "NATS is not reachable; see {flag} (is the broker running?)");
-        Ok(client.clone())
-    };
-    retry(Instant::now() + timeout, attempt).await
+/// That of the last attempt.
+pub async fn connect(nats: &NatsSettings, flag: &'static str, wait: Duration) -> Result<Client> {
+    let attempt = async || connection::connect_now(nats, USER).await.context(flag);
+    retry(Instant::now() + wait, attempt).await
 }
 
 /// Repeats what fails until the deadline: JetStream takes some time to start, and in a cluster to
@@ -43,10 +37,7 @@ pub async fn connect(nats: &NatsSettings, flag: &str, timeout: Duration) -> anyh
 ///
 /// # Errors
 /// That of the last attempt.
-pub async fn retry<T>(
-    deadline: Instant,
-    attempt: impl AsyncFn() -> anyhow::Result<T>,
-) -> anyhow::Result<T> {
+pub async fn retry<T>(deadline: Instant, attempt: impl AsyncFn() -> Result<T>) -> Result<T> {
     let (begun, mut is_said) = (Instant::now(), false);
     loop {
         let error = match attempt().await {
@@ -69,8 +60,8 @@ pub async fn stream_config(
     client: &Client,
     stream: &str,
     deadline: Instant,
-) -> anyhow::Result<Option<Config>> {
-    let attempt = async || match jetstream::info(client, stream, ATTEMPT_TIMEOUT).await {
+) -> Result<Option<Config>> {
+    let attempt = async || match jetstream::info(client, stream, TIMEOUT).await {
         Err(error) if error.is::<NoStream>() => Ok(None),
         result => Ok(Some(result?.config)),
     };

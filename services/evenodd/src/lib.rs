@@ -12,7 +12,8 @@ mod verify;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use runtime::settings;
 use runtime::telemetry::{self, LogFormat, LogSettings};
 
 /// Runs, provisions and checks the Evenodd pipeline.
@@ -36,16 +37,20 @@ enum Command {
     Token(token::Token),
 }
 
-/// The whole of `main`. Status 0 if all is well, 1 if not, 2 for wrong settings.
+/// The whole of `main`. Status 0 if all is well, 1 if not, 2 for wrong settings, 3 if `verify` could
+/// not look.
 ///
 /// One thread, which lives to the end: Linux sends a child of `up` its death signal when the thread
 /// that started it ends.
 #[must_use]
 #[tokio::main(flavor = "current_thread")]
 pub async fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = settings::ignore_empty(Cli::command()).get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     // Only warnings: a command's result is its output.
     telemetry::start(&cli.log, "warn,async_nats=error,async_nats::connector=off");
+    settings::warn_of_unknown();
+    let is_verify = matches!(cli.command, Command::Verify(_));
     let result = match cli.command {
         Command::Up(up) => up.run(&cli.log).await,
         Command::Provision(provision) => provision.run(telemetry::print).await,
@@ -56,7 +61,9 @@ pub async fn main() -> ExitCode {
     };
     result.unwrap_or_else(|error| {
         report(&cli.log, &format!("{error:#}"));
-        ExitCode::FAILURE
+        // With status 1 `verify` says that there are faults.
+        let could_not_look = is_verify && !error.is::<io::Error>();
+        ExitCode::from(if could_not_look { 3 } else { 1 })
     })
 }
 

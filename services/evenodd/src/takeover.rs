@@ -55,8 +55,8 @@ pub struct Takeover {
 impl Takeover {
     pub async fn run(self) -> anyhow::Result<ExitCode> {
         let other = NatsSettings { nats: vec![self.from], credentials: Credentials::default() };
-        let from = broker::connect(&other, "--from", broker::TIMEOUT).await?;
-        let to = broker::connect(&self.nats, "--nats", broker::TIMEOUT).await?;
+        let from = broker::connect(&other, "--from", Duration::ZERO).await?;
+        let to = broker::connect(&self.nats, "--nats", Duration::ZERO).await?;
         let deadline = Instant::now() + START_TIMEOUT;
         let existing = broker::stream_config(&to, NUMBERS, deadline).await.context("--nats")?;
         ensure!(

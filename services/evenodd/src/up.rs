@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use runtime::settings::NatsSettings;
+use runtime::settings::{NatsSettings, listen_address};
 use runtime::telemetry::{LogFormat, LogSettings};
 use runtime::{Credentials, Shutdown};
 use tokio::net::TcpStream;
@@ -51,6 +51,7 @@ pub struct Up {
         long,
         env = "EVENODD_HTTP",
         value_name = "ADDRESS:PORT",
+        value_parser = listen_address,
         default_value = "127.0.0.1:8080"
     )]
     http: SocketAddr,

@@ -27,7 +27,8 @@ use std::net::SocketAddr;
 use anyhow::Context;
 use async_nats::Client;
 use clap::Parser;
-use runtime::settings::CommonSettings;
+use runtime::health::Health;
+use runtime::settings::{CommonSettings, listen_address};
 use runtime::{Service, Shutdown};
 use tokio::net::TcpListener;
 
@@ -47,6 +48,7 @@ pub struct Settings {
         long,
         env = "EVENODD_HTTP",
         value_name = "ADDRESS:PORT",
+        value_parser = listen_address,
         default_value = "127.0.0.1:8080"
     )]
     http: SocketAddr,
@@ -75,7 +77,7 @@ impl Service for Settings {
         self.options.access.read().map_err(|error| format!("{error:#}"))
     }
 
-    async fn run(self, client: Client, shutdown: Shutdown) -> anyhow::Result<()> {
+    async fn run(self, client: Client, shutdown: Shutdown, _: Health) -> anyhow::Result<()> {
         serve::raise_file_limit(self.options.max_connections);
         let listener = TcpListener::bind(self.http).await.with_context(|| {
             format!("cannot listen on {}; choose another address with --http", self.http)

@@ -3,15 +3,13 @@
 //! Each replica is a service of the NATS Services API (ADR-32), and `nats micro ls` lists it.
 //! Replicas keep no state. Any number of them share the requests as a queue group.
 
-use std::net::SocketAddr;
-
 use anyhow::Context;
 use async_nats::{Client, Subject};
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use contract::{Parity, subjects};
 use futures::StreamExt;
-use runtime::health::HealthSettings;
+use runtime::health::Health;
 use runtime::micro::{self, Counters, Description};
 use runtime::settings::CommonSettings;
 use runtime::{Service, Shutdown};
@@ -28,9 +26,6 @@ pub struct Settings {
 
     #[command(flatten)]
     common: CommonSettings,
-
-    #[command(flatten)]
-    health: HealthSettings,
 }
 
 fn parity() -> impl TypedValueParser<Value = Parity> {
@@ -48,11 +43,7 @@ impl Service for Settings {
         &self.common
     }
 
-    fn health(&self) -> Option<SocketAddr> {
-        self.health.health
-    }
-
-    async fn run(self, client: Client, shutdown: Shutdown) -> anyhow::Result<()> {
+    async fn run(self, client: Client, shutdown: Shutdown, _: Health) -> anyhow::Result<()> {
         run(client, self.parity, shutdown).await
     }
 }

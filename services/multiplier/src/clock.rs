@@ -7,6 +7,7 @@ use std::time::Duration;
 use contract::streams::DUPLICATE_WINDOW;
 use contract::{Draw, Message, Slot, SlotLength};
 use futures::{Stream, StreamExt};
+use runtime::health::Health;
 use runtime::history::Entry;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -21,6 +22,9 @@ const MAX_AGE: Duration = DUPLICATE_WINDOW.saturating_sub(Duration::from_secs(30
 /// How far the clocks of two replicas may differ while both still draw. Also the maximum age of
 /// what a replica knows about the stored draws.
 const TOLERANCE: Duration = Duration::from_secs(10);
+/// Why no slot begins.
+const BEHIND: &str = "the clock is behind slots that are stored";
+const UNKNOWN: &str = "it is not known which slots TICKS holds";
 /// A multiplier logs a warning if its clock differs from the broker's by more than this.
 const OFFSET: Duration = Duration::from_secs(1);
 
@@ -40,6 +44,8 @@ pub struct Turn {
 pub struct Clock {
     /// How long a slot is.
     pub length: SlotLength,
+    /// Why no slot begins at this moment, although one should.
+    pub health: Health,
     wall: Arc<dyn Fn() -> Duration + Send + Sync>,
     known: Arc<watch::Sender<Known>>,
 }
@@ -64,7 +70,7 @@ fn is_recent(at: Option<Instant>) -> bool {
 impl Clock {
     /// `wall` returns the time since the Unix epoch.
     pub fn new(length: SlotLength, wall: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
-        Self { length, wall: Arc::new(wall), known: Arc::default() }
+        Self { length, health: Health::default(), wall: Arc::new(wall), known: Arc::default() }
     }
 
     /// Begins slot after slot, for ever.
@@ -121,9 +127,9 @@ impl Clock {
     /// therefore waits while its clock is behind `last`, while its clock is behind the stored
     /// draws, and while it does not know what is stored.
     async fn next(&self, last: Slot) -> Turn {
-        let mut told = false;
         loop {
             let Some(first) = self.first() else {
+                self.set_health(Some(UNKNOWN));
                 sleep(self.length.duration() / 10).await;
                 continue;
             };
@@ -131,17 +137,23 @@ impl Clock {
             let now = (self.wall)();
             let wait = self.length.start_of(first).saturating_sub(now);
             if wait.is_zero() {
+                self.set_health(None);
                 let slot = first.max(self.length.slot_at(now.saturating_sub(TOLERANCE)));
                 let left = self.length.start_of(slot.next()).saturating_sub(now);
                 let began = self.length.start_of(slot);
                 return Turn { slot, began, ends: Instant::now() + left };
             }
-            if wait > self.length.duration() + OFFSET && !told {
-                warn!(%first, ?wait, "the clock is behind slots that are stored; waiting until it has passed them");
-                told = true;
+            let is_behind = wait > self.length.duration() + OFFSET;
+            if self.set_health(is_behind.then_some(BEHIND)) && is_behind {
+                warn!(%first, ?wait, "{BEHIND}; waiting until it has passed them");
             }
-            sleep(wait.min(TOLERANCE)).await;
+            sleep(wait.min(TOLERANCE / 10)).await;
         }
+    }
+
+    /// Returns whether this is new.
+    fn set_health(&self, health: Option<&'static str>) -> bool {
+        self.health.send_if_modified(|current| std::mem::replace(current, health) != health)
     }
 
     /// The first slot that this replica may draw, or `None` if it does not know what is stored.
@@ -185,9 +197,11 @@ impl Clock {
         // Both are lower bounds of the difference, however late the draw is heard.
         let ahead = if own { began.saturating_sub(stored) } else { Duration::ZERO };
         let behind = stored.saturating_sub((self.wall)());
-        let is_off = ahead.max(behind) > OFFSET;
+        let offset = ahead.max(behind);
         let slot = self.credible(draw.slot, stored);
         self.known.send_if_modified(|known| {
+            // Below the half, so that an offset close to the limit is logged only once.
+            let is_off = offset > if known.is_off { OFFSET / 2 } else { OFFSET };
             if is_off && !known.is_off {
                 warn!(
                     ?ahead,

@@ -10,23 +10,21 @@ mod factors;
 pub mod outbox;
 
 use std::future::ready;
-use std::net::SocketAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::Context;
 use async_nats::Client;
 use clap::Parser;
 use contract::streams::TICKS;
 use contract::{Draw, Parity, Slot, SlotLength, subjects};
 use futures::StreamExt;
-use runtime::health::HealthSettings;
+use runtime::health::Health;
 use runtime::history::{self, Entry, MAX_BATCH, ReadError};
 use runtime::jetstream::{self, Ack, PublishError};
 use runtime::micro::{self, Description};
 use runtime::settings::CommonSettings;
 use runtime::{Service, Shutdown, connection};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
 
@@ -51,9 +49,6 @@ pub struct Settings {
     #[command(flatten)]
     common: CommonSettings,
 
-    #[command(flatten)]
-    health: HealthSettings,
-
     /// The length of a slot in milliseconds; it must be the same for all replicas, and only tests
     /// change it
     #[arg(long, env = "EVENODD_SLOT_MS", value_name = "MS", default_value = "500", hide = true)]
@@ -69,12 +64,10 @@ impl Service for Settings {
         &self.common
     }
 
-    fn health(&self) -> Option<SocketAddr> {
-        self.health.health
-    }
-
-    async fn run(self, client: Client, shutdown: Shutdown) -> anyhow::Result<()> {
-        run(client, Clock::new(self.slot_ms, unix_time), shutdown).await
+    async fn run(self, client: Client, shutdown: Shutdown, health: Health) -> anyhow::Result<()> {
+        let mut clock = Clock::new(self.slot_ms, unix_time);
+        clock.health = health;
+        run(client, clock, shutdown).await
     }
 }
 
@@ -88,7 +81,7 @@ fn unix_time() -> Duration {
 /// deadline.
 ///
 /// # Errors
-/// If the connection was closed, or a slot was not settled by the deadline.
+/// If the connection was closed, or slots were not settled by the deadline.
 pub async fn run(client: Client, clock: Clock, shutdown: Shutdown) -> anyhow::Result<()> {
     let micro = micro::announce(&client, ABOUT).await?;
     // Messages without the headers of an entry were not republished by the server.
@@ -100,18 +93,16 @@ pub async fn run(client: Client, clock: Clock, shutdown: Shutdown) -> anyhow::Re
     let outbox = Outbox::new(&micro.id, clock.clone(), world.clone(), rand::random());
     let counters = micro.counters.clone();
     let settled = move |draw: &Draw, took| counters.count(took, draw.product().is_none());
-    let mut outbox = AbortOnDropHandle::new(tokio::spawn(outbox.run(turns, settled)));
+    let outbox = outbox.run(turns, settled, shutdown.clone());
+    let mut outbox = AbortOnDropHandle::new(tokio::spawn(outbox));
     info!(id = micro.id, "drawing for every slot");
-    let deadline = tokio::select! {
-        deadline = shutdown.begun() => deadline,
+    tokio::select! {
+        _ = shutdown.begun() => {}
         never = clock.run(queue) => match never {},
         () = clock.follow(&world, draws, &micro.id) => anyhow::bail!("the connection to NATS was closed"),
-        result = &mut outbox => return Ok(result?),
-    };
-    timeout_at(deadline, outbox).await.context(
-        "not all slots were settled by the deadline; their products are lost unless another replica publishes them",
-    )??;
-    Ok(())
+        result = &mut outbox => return result?.map_err(anyhow::Error::msg),
+    }
+    outbox.await?.map_err(anyhow::Error::msg)
 }
 
 /// The generators and the streams, reached over NATS.

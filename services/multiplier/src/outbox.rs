@@ -10,6 +10,7 @@ use std::time::Duration;
 use contract::{Draw, Message, Parity, Slot, subjects};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use runtime::Shutdown;
 use runtime::history::{Entry, ReadError};
 use runtime::jetstream::{Ack, PublishError};
 use tokio::sync::mpsc;
@@ -69,40 +70,50 @@ pub struct Outbox<W> {
     jitter: StdRng,
     /// Whether the last attempt failed.
     failing: bool,
-    /// The slots that were given up and not yet reported: the first, the last, and how many.
-    given_up: Option<(Slot, Slot, u64)>,
 }
 
 impl<W: World> Outbox<W> {
     /// An outbox for the replica with this id. `seed` determines the jitter of the pauses.
     pub fn new(id: &str, clock: Clock, world: W, seed: u64) -> Self {
         let (id, jitter) = (id.to_owned(), StdRng::seed_from_u64(seed));
-        Self { id, clock, world, jitter, failing: false, given_up: None }
+        Self { id, clock, world, jitter, failing: false }
     }
 
-    /// Settles the slots in their order. Calls `settled` with the draw that the stream keeps and
-    /// the time that the slot took.
+    /// Settles the slots in their order, until `turns` ends or the deadline of the shutdown. Calls
+    /// `settled` with the draw that the stream keeps and the time that the slot took.
+    ///
+    /// # Errors
+    /// The last slots, if they had to be given up.
     pub async fn run(
         mut self,
         mut turns: mpsc::Receiver<Turn>,
         settled: impl Fn(&Draw, Duration) + Send,
-    ) {
+        shutdown: Shutdown,
+    ) -> Result<(), String> {
+        // The slots that were given up and not yet reported: the first, the last, and how many.
+        let mut given_up = None;
         while let Some(turn) = turns.recv().await {
             let begun = Instant::now();
             let mut tick = Tick::new(turn.slot, &self.id);
-            if self.settle(&turn, &mut tick).await {
-                self.report_given_up();
+            let is_settled = tokio::select! {
+                biased;
+                () = shutdown.is_over() => false,
+                is_settled = self.settle(&turn, &mut tick) => is_settled,
+            };
+            if is_settled {
                 debug!(draw = ?tick.draw, "settled");
                 settled(&tick.draw, begun.elapsed());
-                continue;
+            } else {
+                let (first, _, slots) = given_up.unwrap_or((turn.slot, turn.slot, 0));
+                given_up = Some((first, turn.slot, slots + 1));
             }
-            let (first, _, slots) = self.given_up.unwrap_or((turn.slot, turn.slot, 0));
-            self.given_up = Some((first, turn.slot, slots + 1));
-            if slots + 1 >= REPORT {
-                self.report_given_up();
+            // Those of the shutdown are the last ones, and are reported together.
+            let is_due = |slots| is_settled || slots >= REPORT && !shutdown.has_begun();
+            if let Some(slots) = given_up.take_if(|(_, _, slots)| is_due(*slots)) {
+                error!("{}", describe(slots));
             }
         }
-        self.report_given_up();
+        given_up.map_or(Ok(()), |slots| Err(describe(slots)))
     }
 
     /// Retries until the slot has a draw, and its product, if due, is in the history. Returns
@@ -176,12 +187,13 @@ impl<W: World> Outbox<W> {
         tick.draw = Tick::new(slot, &self.id).draw;
         Ok(())
     }
+}
 
-    fn report_given_up(&mut self) {
-        if let Some((first, last, slots)) = self.given_up.take() {
-            error!(%first, %last, slots, "gave up on slots; their products are lost unless another replica has published them");
-        }
-    }
+fn describe((first, last, slots): (Slot, Slot, u64)) -> String {
+    format!(
+        "gave up on slots {first} to {last} ({slots} in all); their products are lost unless \
+         another replica publishes them"
+    )
 }
 
 /// The state of a slot while it is being settled.

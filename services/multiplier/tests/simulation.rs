@@ -23,6 +23,7 @@ use multiplier::clock::Clock;
 use multiplier::outbox::{CAPACITY, Outbox, World};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use runtime::Shutdown;
 use runtime::history::{Entry, ReadError};
 use runtime::jetstream::{Ack, PublishError};
 use time::OffsetDateTime;
@@ -194,7 +195,7 @@ impl Simulation {
     /// Starts a multiplier.
     fn start(&self, offset_ms: i64) {
         let offset = Arc::new(Mutex::new(offset_ms));
-        let clock = Clock::new(self.length, {
+        let wall = {
             let (simulation, offset) = (self.clone(), offset.clone());
             move || {
                 let offset = *offset.lock().unwrap();
@@ -202,7 +203,8 @@ impl Simulation {
                 let now = simulation.now();
                 if offset < 0 { now - change } else { now + change }
             }
-        });
+        };
+        let clock = Clock::new(self.length, wall);
         let mut state = self.lock();
         let n = state.replicas.len();
         let (queue, turns) = mpsc::channel(CAPACITY);
@@ -212,8 +214,8 @@ impl Simulation {
             Outbox::new(&n.to_string(), clock.clone(), world.clone(), state.random.random());
         let task = tokio::spawn(async move {
             let id = n.to_string();
-            tokio::join!(
-                outbox.run(turns, |_, _| {}),
+            let _ = tokio::join!(
+                outbox.run(turns, |_, _| {}, Shutdown::new(ACK_TIMEOUT)),
                 clock.run(queue),
                 clock.follow(&world, heard, &id)
             );

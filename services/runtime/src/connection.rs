@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use async_nats::client::Request;
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, Event, ReconnectToServer, Server, ServerAddr};
+use async_nats::{
+    Client, ConnectErrorKind, ConnectOptions, Event, ReconnectToServer, Server, ServerAddr,
+};
 use rand::seq::SliceRandom;
 use tracing::{debug, info, warn};
 
@@ -28,50 +30,61 @@ const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
 
 /// Returns the client at once. It connects in the background and retries for ever.
 ///
-/// `name` is shown in the broker's monitoring. `user` is the user of the service: its replies
-/// arrive on `_INBOX_<user>.>`, which the broker's permissions hide from other services.
+/// `user` is the user of the service: its replies arrive on `_INBOX_<user>.>`, which the broker's
+/// permissions hide from other services. The broker's monitoring shows it as the client's name.
 ///
 /// # Errors
 /// If the settings are unusable. An unreachable broker is not an error.
-pub async fn connect(settings: &NatsSettings, user: &str, name: &str) -> anyhow::Result<Client> {
-    let servers = settings
-        .nats
-        .iter()
-        // Not the whole URL, which may contain a password.
-        .map(|server| format!("{}:{}", server.host(), server.port()))
-        .collect::<Vec<_>>()
-        .join(", ");
-    info!(%servers, "connecting to NATS");
+pub async fn connect(settings: &NatsSettings, user: &str) -> anyhow::Result<Client> {
+    info!(servers = addresses(settings), "connecting to NATS");
+    let latest = Mutex::new(None);
+    let next = move |servers, _| std::future::ready(next_server(servers, &latest));
+    let options = options(settings, user).retry_on_initial_connect();
+    Ok(options.reconnect_to_server_callback(next).connect(&settings.nats).await?)
+}
+
+/// As [`connect`], but tries each server once, and returns when the client is connected.
+///
+/// # Errors
+/// If it cannot connect to any server. The error has the cause for the last one.
+pub async fn connect_now(settings: &NatsSettings, user: &str) -> anyhow::Result<Client> {
+    let limit = CONNECTION_TIMEOUT * u32::try_from(settings.nats.len())?;
+    let connecting = options(settings, user).connect(&settings.nats);
+    // The client sets no limit for resolving a name.
+    let result = tokio::time::timeout(limit, connecting).await;
+    let result = result.unwrap_or_else(|_| Err(ConnectErrorKind::TimedOut.into()));
+    result.map_err(|error| {
+        let servers = addresses(settings);
+        let hint = "is the broker running, and do --nkey and --tls-ca fit?";
+        anyhow::anyhow!("cannot connect to NATS at {servers}: {error} ({hint})")
+    })
+}
+
+/// Not the whole URLs, which may contain a password.
+fn addresses(settings: &NatsSettings) -> String {
+    let address = |server: &ServerAddr| format!("{}:{}", server.host(), server.port());
+    settings.nats.iter().map(address).collect::<Vec<_>>().join(", ")
+}
+
+fn options(settings: &NatsSettings, user: &str) -> ConnectOptions {
+    let servers = addresses(settings);
     // A lasting fault is logged once for each connection, not at every attempt or message.
     let told = Arc::new(AtomicBool::new(false));
-    // The client reports an untrusted certificate and an unreachable server in the same way.
-    let unreachable = match settings.credentials.tls_ca {
-        Some(_) => {
-            "cannot reach NATS, or --tls-ca has not signed its certificate; retrying for ever"
-        }
-        None => "cannot reach NATS; retrying for ever",
-    };
-    let latest = Mutex::new(None);
     let options = settings.credentials.apply(ConnectOptions::new());
-    let options = options
-        .name(name)
+    options
+        .name(user)
         .custom_inbox_prefix(format!("_INBOX_{user}"))
-        .retry_on_initial_connect()
         .max_reconnects(None)
         .reconnect_delay_callback(reconnect_delay)
-        .reconnect_to_server_callback(move |servers, _| {
-            std::future::ready(next_server(servers, &latest))
-        })
         .connection_timeout(CONNECTION_TIMEOUT)
         .request_timeout(Some(REQUEST_TIMEOUT))
         .ping_interval(PING_INTERVAL)
         .client_capacity(COMMAND_CAPACITY)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .event_callback(move |event| {
-            log_event(&event, &servers, unreachable, &told);
+            log_event(&event, &servers, &told);
             std::future::ready(())
-        });
-    Ok(options.connect(&settings.nats).await?)
+        })
 }
 
 /// Whether the client is connected at this moment. While it is not, it queues messages and sends
@@ -95,12 +108,6 @@ pub fn request(client: &Client) -> Request {
 #[must_use]
 pub fn inbox(client: &Client) -> String {
     format!("{}.{:032x}", client.new_inbox(), rand::random::<u128>())
-}
-
-/// Waits up to `limit` until the client has sent everything, which takes a connection. Returns
-/// whether it has.
-pub async fn flush(client: &Client, limit: Duration) -> bool {
-    tokio::time::timeout(limit, client.flush()).await.is_ok_and(|flushed| flushed.is_ok())
 }
 
 /// Back-off with jitter: no delay, then up to 50, 100, 200 … 2000 ms.
@@ -127,6 +134,8 @@ fn next_server(
     latest.clone().map(|addr| ReconnectToServer { addr, delay: None })
 }
 
+/// The client reports an untrusted certificate and an unreachable server in the same way.
+const UNREACHABLE: &str = "cannot reach NATS, or --tls-ca has not signed its certificate; retrying";
 const REFUSED: &str = "the NATS server refuses access; is --nkey the key of this service?";
 
 /// The client has no error kind for a violation of authorization or of permissions, so this goes by
@@ -135,14 +144,14 @@ fn is_refusal(error: &impl ToString) -> bool {
     error.to_string().to_lowercase().contains("violation")
 }
 
-fn log_event(event: &Event, servers: &str, unreachable: &str, told: &AtomicBool) {
+fn log_event(event: &Event, servers: &str, told: &AtomicBool) {
     match event {
         Event::Connected => {
             told.store(false, Ordering::Relaxed);
             info!("connected to NATS");
         }
         Event::ClientError(error) if !told.swap(true, Ordering::Relaxed) => {
-            warn!(servers, %error, "{}", if is_refusal(error) { REFUSED } else { unreachable });
+            warn!(servers, %error, "{}", if is_refusal(error) { REFUSED } else { UNREACHABLE });
         }
         Event::ClientError(error) => debug!(%error, "NATS connection"),
         Event::Disconnected => warn!("disconnected from NATS; reconnecting"),

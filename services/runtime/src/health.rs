@@ -1,7 +1,6 @@
 //! Health checks for containers: the page `/healthz`, and the subcommand `healthcheck` that
 //! requests it.
 
-use std::convert::Infallible;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
@@ -9,25 +8,29 @@ use std::time::Duration;
 
 use anyhow::Context;
 use async_nats::Client;
-use clap::Args;
+use futures::StreamExt;
+use futures::stream::unfold;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
 
 use crate::{connection, telemetry};
 
-/// How long a request and its response may take.
+/// How long `healthcheck` waits for the response.
 const TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a connection may take. If all are idle, the next one waits for this long, and
+/// `healthcheck` still gets its response.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(1);
+/// The most connections at once; further ones wait.
+const CONNECTIONS: usize = 64;
 
-/// For services without an HTTP API of their own.
-#[derive(Args, Clone, Copy, Debug)]
-pub struct HealthSettings {
-    /// Answer `GET /healthz` on this address: 200, or 503 without a connection to NATS
-    #[arg(long, env = "EVENODD_HEALTH", value_name = "ADDRESS:PORT")]
-    pub health: Option<SocketAddr>,
-}
+/// Why a service that is connected to NATS cannot do its work at this moment; `None` if it can. The
+/// service sets it, and the health page shows it.
+pub type Health = watch::Sender<Option<&'static str>>;
 
 /// Listens on the address, if there is one. Connections queue until [`serve`] runs.
 pub(crate) async fn listen(address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
@@ -38,27 +41,30 @@ pub(crate) async fn listen(address: Option<SocketAddr>) -> anyhow::Result<Option
     Ok(Some(listener))
 }
 
-/// Answers one request at a time, for as long as the service runs.
-pub(crate) async fn serve(listener: Option<TcpListener>, client: Client) -> Infallible {
+/// Answers requests for as long as the service runs.
+pub async fn serve(listener: Option<TcpListener>, client: Client, health: Health) {
     let Some(listener) = listener else { return std::future::pending().await };
     let answer = service_fn(async |_| {
-        let (status, text) = match connection::is_connected(&client) {
-            true => (StatusCode::OK, "ok\n"),
-            false => (StatusCode::SERVICE_UNAVAILABLE, "not connected to NATS\n"),
+        let is_connected = connection::is_connected(&client);
+        let fault = if is_connected { *health.borrow() } else { Some("not connected to NATS") };
+        let (status, text) = match fault {
+            None => (StatusCode::OK, "ok"),
+            Some(fault) => (StatusCode::SERVICE_UNAVAILABLE, fault),
         };
-        Response::builder().status(status).body(text.to_owned())
+        Response::builder().status(status).body(format!("{text}\n"))
     });
     let mut builder = http1::Builder::new();
     builder.keep_alive(false).timer(TokioTimer::new());
-    loop {
-        let Ok((stream, _)) = listener.accept().await else {
-            tokio::time::sleep(TIMEOUT).await;
-            continue;
-        };
-        let connection = builder.serve_connection(TokioIo::new(stream), &answer);
-        // An error or a timeout concerns only this connection.
-        let _ = tokio::time::timeout(TIMEOUT, connection).await;
-    }
+    let connections = unfold((), async |()| Some((listener.accept().await, ())));
+    let answer = async |accepted| match accepted {
+        Ok((stream, _)) => {
+            let connection = builder.serve_connection(TokioIo::new(stream), &answer);
+            // An error or a timeout concerns only this connection.
+            let _ = timeout(CONNECTION_TIMEOUT, connection).await;
+        }
+        Err(_) => sleep(CONNECTION_TIMEOUT).await,
+    };
+    connections.for_each_concurrent(CONNECTIONS, answer).await;
 }
 
 /// Runs `healthcheck`: prints the response, and returns status 0 if it was a 200 and 1 otherwise.

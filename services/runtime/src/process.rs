@@ -11,11 +11,12 @@ use async_nats::Client;
 use clap::error::ErrorKind;
 use clap::{Command, Parser};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
-use crate::settings::CommonSettings;
+use crate::health::Health;
+use crate::settings::{self, CommonSettings};
 use crate::{connection, health, telemetry};
 
 /// A service should give up at its deadline and report what it could not finish. If it misses the
@@ -30,14 +31,9 @@ pub trait Service: Parser {
     /// The settings that every service has.
     fn common(&self) -> &CommonSettings;
 
-    /// The address on which to answer `GET /healthz` for the service, if any.
-    fn health(&self) -> Option<SocketAddr> {
-        None
-    }
-
     /// The page that `healthcheck` requests, if any.
     fn health_page(&self) -> Option<(SocketAddr, &'static str)> {
-        Some((self.health()?, "/healthz"))
+        Some((self.common().health?, "/healthz"))
     }
 
     /// Checks whether the settings fit together.
@@ -54,6 +50,7 @@ pub trait Service: Parser {
         self,
         client: Client,
         shutdown: Shutdown,
+        health: Health,
     ) -> impl Future<Output = anyhow::Result<()>> + Send;
 }
 
@@ -113,6 +110,11 @@ impl Shutdown {
         self.begun.cancelled().await;
         self.deadline.get().copied().unwrap_or_else(Instant::now)
     }
+
+    /// Waits until the deadline.
+    pub async fn is_over(&self) {
+        sleep_until(self.begun().await).await;
+    }
 }
 
 /// The `main` function of a service. The exit status is 0 after a signal and a complete drain, 1
@@ -121,7 +123,8 @@ impl Shutdown {
 pub fn main<S: Service>() -> ExitCode {
     let about = "Check the health of the service that runs here with the same environment and flags; flags go before `healthcheck`";
     let healthcheck = Command::new("healthcheck").about(about);
-    let mut command = S::command().subcommand(healthcheck).disable_help_subcommand(true);
+    let command = S::command().subcommand(healthcheck).disable_help_subcommand(true);
+    let mut command = settings::ignore_empty(command);
     let matches = command.clone().get_matches();
     let service = S::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     if let Err(fault) = service.check() {
@@ -132,6 +135,7 @@ pub fn main<S: Service>() -> ExitCode {
     }
     // The connector logs at every attempt what `connection` logs once.
     telemetry::start(&service.common().log, "info,async_nats=warn,async_nats::connector=off");
+    settings::warn_of_unknown();
     let result = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -152,19 +156,21 @@ pub fn main<S: Service>() -> ExitCode {
 }
 
 async fn run<S: Service>(service: S) -> anyhow::Result<()> {
-    let CommonSettings { nats, drain_ms, .. } = service.common().clone();
+    let CommonSettings { nats, drain_ms, health, .. } = service.common().clone();
     let shutdown = Shutdown::on_signal(drain_ms)?;
-    let health = health::listen(service.health()).await?;
-    let client = connection::connect(&nats, service.name(), service.name()).await?;
+    let page = health::listen(health).await?;
+    let client = connection::connect(&nats, service.name()).await?;
+    let health = Health::default();
     let too_late = async { sleep_until(shutdown.begun().await + OVERTIME).await };
     tokio::select! {
-        result = service.run(client.clone(), shutdown.clone()) => result?,
-        never = health::serve(health, client.clone()) => match never {},
+        result = service.run(client.clone(), shutdown.clone(), health.clone()) => result?,
+        () = health::serve(page, client.clone(), health) => anyhow::bail!("the health page has ended"),
         () = too_late => anyhow::bail!("the service did not finish within --drain-ms {}", drain_ms.as_millis()),
     }
     anyhow::ensure!(shutdown.has_begun(), "the service ended without a signal");
     if connection::is_connected(&client) {
-        connection::flush(&client, Duration::from_secs(1)).await;
+        // If this fails, the broker has just gone.
+        let _ = timeout(Duration::from_secs(1), client.flush()).await;
     }
     info!("stopped");
     Ok(())

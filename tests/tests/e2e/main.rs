@@ -23,3 +23,4 @@ mod provisioning;
 mod replicas;
 mod takeover;
 mod up;
+mod verify;

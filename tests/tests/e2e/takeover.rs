@@ -59,5 +59,5 @@ async fn a_missing_history_or_broker_is_named() {
     gone.kill();
     let (status, output) = takeover(&gone, &new, &scratch).await;
     assert_eq!(status, Some(1));
-    assert!(output.contains("NATS is not reachable; see --from"), "{output}");
+    assert!(output.contains("--from: cannot connect to NATS at"), "{output}");
 }

@@ -49,6 +49,8 @@ pub struct Spec {
 impl Spec {
     pub fn new(label: String, program: &Path) -> Self {
         let mut command = Command::new(program);
+        // `up` has named these already.
+        runtime::settings::unknown().for_each(|name| _ = command.env_remove(name));
         command
             // Every child would get the same address.
             .env_remove("EVENODD_HEALTH")

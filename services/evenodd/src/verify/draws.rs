@@ -5,7 +5,7 @@ use std::fmt::{self, Display, Formatter};
 
 use anyhow::{bail, ensure};
 use contract::streams::DUPLICATE_WINDOW;
-use contract::{Draw, Message, Product, Slot, SlotLength};
+use contract::{Draw, Message, Product, Slot, SlotLength, odds};
 use runtime::history::Entry;
 use time::OffsetDateTime;
 
@@ -15,6 +15,9 @@ use super::{ensure_begun, rfc3339};
 pub struct Draws {
     slot_length: SlotLength,
     kept: BTreeMap<Slot, Kept>,
+    /// How many of them have both factors, and how many have a product above the threshold.
+    complete: u32,
+    above: u32,
     /// When the first and the last of them were stored.
     times: Option<(OffsetDateTime, OffsetDateTime)>,
 }
@@ -28,7 +31,7 @@ struct Kept {
 
 impl Draws {
     pub fn new(slot_length: SlotLength) -> Self {
-        Self { slot_length, kept: BTreeMap::new(), times: None }
+        Self { slot_length, kept: BTreeMap::new(), complete: 0, above: 0, times: None }
     }
 
     /// Adds a stored draw.
@@ -46,6 +49,8 @@ impl Draws {
         }
         let kept = Kept { sequence: entry.sequence, time, due: draw.due(), is_published: false };
         self.kept.insert(slot, kept);
+        self.complete += u32::from(draw.product().is_some());
+        self.above += u32::from(draw.due().is_some());
         self.times = Some((self.times.map_or(time, |(first, _)| first), time));
         Ok(())
     }
@@ -103,6 +108,17 @@ impl Display for Draws {
                 writeln!(f, "pause      {missing} slots without a draw from {start}")?;
             }
         }
+        if self.complete > 0 {
+            let (above, n) = (f64::from(self.above), f64::from(self.complete));
+            let p = odds::publish_probability();
+            let (rate, expected) = (100.0 * above / n, 100.0 * p);
+            let deviations = (above - n * p) / (n * p * (1.0 - p)).sqrt();
+            writeln!(
+                f,
+                "rate       {rate:.2} % of {n} draws with both factors are above the threshold; \
+                 expected {expected:.2} %, {deviations:+.1} standard deviations"
+            )?;
+        }
         let due = self.missing().filter(|(_, kept)| self.may_come(kept)).count();
         writeln!(f, "due        {due} (drawn, and not in the history yet)")
     }
@@ -144,6 +160,7 @@ mod tests {
             "draws      3 in",
             "pause      2 slots without a draw from 1970-01-01T00:00:06Z",
             "due        1 (",
+            "rate       66.67 % of 3 draws with both factors are above the threshold; expected 66.93",
         ] {
             assert!(text.contains(line), "{line}: {text}");
         }
