@@ -201,8 +201,8 @@ fn secrets(text: &str) -> anyhow::Result<Keys> {
 fn is_public(line: &str) -> bool {
     const BEGINNINGS: [&str; 12] =
         ["-----", "LS0t", "{", "ew", "ey", "[", "\"", "ssh-", "c3No", "ecdsa-", "AAAA", "http"];
-    // DER: the length of a sequence follows its tag, 0x30.
-    let is_der = matches!(line.as_bytes(), [b'M', b'A'..=b'P', ..]);
+    // DER: the tag of a sequence, 0x30, and the length of some kind of key or certificate.
+    let is_der = matches!(line.as_bytes(), [b'M', b'C' | b'E' | b'F' | b'H' | b'I', ..]);
     is_der || BEGINNINGS.iter().any(|beginning| line.starts_with(beginning))
 }
 
