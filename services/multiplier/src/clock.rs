@@ -102,7 +102,7 @@ impl Clock {
                     TOLERANCE / 3
                 }
                 Err(error) => {
-                    let error = Some(error.to_string());
+                    let error = Some(format!("{error:#}"));
                     if error != fault {
                         warn!(error, "cannot read TICKS; retrying, but no slot begins after 10 s");
                         fault = error;

@@ -153,17 +153,15 @@ fn log_event(event: &Event, servers: &str, told: &AtomicBool) {
         Event::ClientError(error) if !told.swap(true, Ordering::Relaxed) => {
             warn!(servers, %error, "{}", if is_refusal(error) { REFUSED } else { UNREACHABLE });
         }
-        Event::ClientError(error) => debug!(%error, "NATS connection"),
         Event::Disconnected => warn!("disconnected from NATS; reconnecting"),
         Event::ServerError(error) if is_refusal(error) => warn!(%error, "{REFUSED}"),
         Event::ServerError(error) => warn!(%error, "the NATS server reports an error"),
         Event::LameDuckMode => info!("the NATS server is shutting down; moving to another one"),
-        Event::Draining | Event::Closed => debug!(%event, "NATS connection"),
         // The client emits this event for every message that it drops.
         Event::SlowConsumer(_) if !told.swap(true, Ordering::Relaxed) => {
             warn!(%event, "messages arrive faster than they are processed; some are dropped");
         }
-        Event::SlowConsumer(_) => debug!(%event, "NATS connection"),
+        _ => debug!(%event, "NATS connection"),
     }
 }
 

@@ -67,19 +67,15 @@ pub async fn serve(listener: Option<TcpListener>, client: Client, health: Health
     connections.for_each_concurrent(CONNECTIONS, answer).await;
 }
 
-/// Runs `healthcheck`: prints the response, and returns status 0 if it was a 200 and 1 otherwise.
+/// Runs `healthcheck`: prints the response, which `docker inspect` shows, and returns status 0 if it
+/// was a 200 and 1 otherwise.
 pub(crate) fn check(page: Option<(SocketAddr, &'static str)>) -> ExitCode {
-    let answer = page.context("there is no health page to request: set --health").and_then(ask);
-    let (status, text) = match answer {
-        Ok(text) => (ExitCode::SUCCESS, text),
-        Err(error) => (ExitCode::FAILURE, format!("{error:#}")),
+    let page = page.context("there is no health page to request: set --health");
+    let Err(error) = page.and_then(ask).and_then(|text| Ok(telemetry::print(text)?)) else {
+        return ExitCode::SUCCESS;
     };
-    // `docker inspect` shows this output.
-    if let Err(error) = telemetry::print(text) {
-        let _ = writeln!(std::io::stderr(), "error: {error}");
-        return ExitCode::FAILURE;
-    }
-    status
+    let _ = writeln!(std::io::stderr(), "error: {error:#}");
+    ExitCode::FAILURE
 }
 
 /// Requests a page, and returns its body if the status is 200. The body of any other response
