@@ -121,18 +121,14 @@ impl Keys {
         let ca_key = match (&ca_pem, self.read("ca.key")?) {
             (Some(_), _) if missing.is_empty() => return Ok(()),
             (_, Some(key)) => KeyPair::from_pem(&key).context("ca.key")?,
-            (Some(_), None) => bail!(
-                "a certificate is missing and ca.key is not there: put it back, or remove all certificates"
-            ),
-            (None, None) if missing.len() < self.servers.len() => bail!(
-                "there are certificates, and neither ca.pem nor ca.key: put these back, or remove \
-                 all certificates"
-            ),
-            (None, None) => {
+            (None, None) if missing.len() == self.servers.len() => {
                 let key = KeyPair::generate()?;
                 self.write("ca.key", &key.serialize_pem(), SECRET, None)?;
                 key
             }
+            (_, None) => bail!(
+                "a certificate is missing and ca.key is not there: put it back, or remove all certificates"
+            ),
         };
         let authority = CertifiedIssuer::self_signed(authority()?, ca_key)?;
         match ca_pem {
