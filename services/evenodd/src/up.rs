@@ -86,7 +86,7 @@ impl Up {
         let control = children.control.clone();
         let result = tokio::select! {
             result = self.run_children(&evenodd, broker, log, &mut children) => result,
-            () = control.gave_up.cancelled() => Ok(()),
+            () = control.failed.cancelled() => Ok(()),
             _ = shutdown.begun() => Ok(()),
         };
         tokio::spawn(async move {

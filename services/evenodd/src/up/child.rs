@@ -75,8 +75,8 @@ impl Spec {
 #[derive(Clone, Default)]
 pub struct Control {
     pub log_format: LogFormat,
-    /// Cancelled when a child is not started again, because it would always fail.
-    pub gave_up: CancellationToken,
+    /// Cancelled when a child is not started again.
+    pub failed: CancellationToken,
     /// Cancelled when the children of a stage are to stop, and when there is no time left for that.
     stop: CancellationToken,
     pub kill: CancellationToken,
@@ -126,6 +126,7 @@ async fn keep_running(mut spec: Spec, control: Control) -> Option<Failure> {
         failed_starts = if is_failed_start { failed_starts + 1 } else { 0 };
         let label = &spec.label;
         let fail = |status, what: String| {
+            control.failed.cancel();
             let lines =
                 spec.last_lines.iter().rev().map(|line| format!("\n{}", labelled(label, line)));
             Some((status, what + &lines.collect::<String>()))
@@ -138,11 +139,9 @@ async fn keep_running(mut spec: Spec, control: Control) -> Option<Failure> {
             }
             // The service has said what is wrong, and would say the same for ever.
             (Ok(_), None) if code == Some(2) => {
-                control.gave_up.cancel();
                 return fail(2, format!("{label} refuses its settings"));
             }
             (Ok(_), Some(store)) if failed_starts == MAX_FAILED_STARTS => {
-                control.gave_up.cancel();
                 return fail(1, format!("{label} cannot start; its store is {}", store.display()));
             }
             (Ok(status), _) => warn!(label, "ended with {status}; starting it again"),
@@ -164,8 +163,9 @@ async fn run(spec: &mut Spec, control: &Control) -> io::Result<ExitStatus> {
     let stderr = child.stderr.take().ok_or(io::ErrorKind::BrokenPipe)?;
     let write_error = Notify::new();
     let output = async {
-        let mut lines = BufReader::new(stderr).lines();
-        while let Ok(Some(line)) = lines.next_line().await {
+        let mut lines = BufReader::new(stderr).split(b'\n');
+        while let Ok(Some(line)) = lines.next_segment().await {
+            let line = String::from_utf8_lossy(&line).into_owned();
             if line.is_empty() || store.is_some() && line.contains("[INF]") {
                 continue;
             }

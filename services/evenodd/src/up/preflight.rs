@@ -77,15 +77,16 @@ fn note<T>(faults: &mut Vec<String>, result: anyhow::Result<T>) -> Option<T> {
 /// program's sources.
 async fn nats_server(named: &Path, evenodd: &Path) -> anyhow::Result<PathBuf> {
     let chosen = is_new_enough(named.to_owned()).await;
-    if chosen.is_ok() || named != Path::new(NATS_SERVER) {
-        return chosen;
-    }
     // This program is target/release/evenodd.
-    let installed =
-        evenodd.ancestors().nth(3).map(|sources| fs::read_dir(sources.join("nats/bin")));
-    for file in installed.into_iter().flatten().flatten().flatten() {
-        if let Ok(found) = is_new_enough(file.path()).await {
-            return Ok(found);
+    if chosen.is_err()
+        && named == Path::new(NATS_SERVER)
+        && let Some(sources) = evenodd.ancestors().nth(3)
+        && let Ok(installed) = fs::read_dir(sources.join("nats/bin"))
+    {
+        for file in installed.flatten() {
+            if let Ok(found) = is_new_enough(file.path()).await {
+                return Ok(found);
+            }
         }
     }
     chosen
