@@ -109,14 +109,10 @@ impl Keys {
     }
 
     fn certificates(&self) -> anyhow::Result<()> {
-        let mut missing = Vec::new();
-        for server in &self.servers {
-            let certificate = self.read(&format!("{server}.pem"))?;
-            let key = self.read(&format!("{server}.key"))?;
-            if certificate.is_none() || key.is_none() {
-                missing.push(server);
-            }
-        }
+        let exists = |file: String| self.directory.join(file).exists();
+        let is_missing =
+            |server: &&_| !exists(format!("{server}.pem")) || !exists(format!("{server}.key"));
+        let missing: Vec<&String> = self.servers.iter().filter(is_missing).collect();
         let ca_pem = self.read("ca.pem")?;
         let ca_key = match (&ca_pem, self.read("ca.key")?) {
             (Some(_), _) if missing.is_empty() => return Ok(()),
