@@ -54,7 +54,7 @@ pub async fn serve(listener: Option<TcpListener>, client: Client, health: Health
         Response::builder().status(status).body(format!("{text}\n"))
     });
     let mut builder = http1::Builder::new();
-    builder.keep_alive(false).timer(TokioTimer::new());
+    builder.keep_alive(false).half_close(true).timer(TokioTimer::new());
     let connections = unfold((), async |()| Some((listener.accept().await, ())));
     let answer = async |accepted| match accepted {
         Ok((stream, _)) => {
@@ -74,7 +74,7 @@ pub(crate) fn check(page: Option<(SocketAddr, &'static str)>) -> ExitCode {
     let Err(error) = page.and_then(ask).and_then(|text| Ok(telemetry::print(text)?)) else {
         return ExitCode::SUCCESS;
     };
-    let _ = writeln!(std::io::stderr(), "error: {error:#}");
+    let _ = writeln!(std::io::stderr(), "{error:#}");
     ExitCode::FAILURE
 }
 
