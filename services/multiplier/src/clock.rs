@@ -33,8 +33,6 @@ const OFFSET: Duration = Duration::from_secs(1);
 pub struct Turn {
     /// The slot.
     pub slot: Slot,
-    /// When it began, since the Unix epoch.
-    pub began: Duration,
     /// When it ends.
     pub ends: Instant,
 }
@@ -140,8 +138,7 @@ impl Clock {
                 self.set_health(None);
                 let slot = first.max(self.length.slot_at(now.saturating_sub(TOLERANCE)));
                 let left = self.length.start_of(slot.next()).saturating_sub(now);
-                let began = self.length.start_of(slot);
-                return Turn { slot, began, ends: Instant::now() + left };
+                return Turn { slot, ends: Instant::now() + left };
             }
             let is_behind = wait > self.length.duration() + OFFSET;
             if self.set_health(is_behind.then_some(BEHIND)) && is_behind {
@@ -230,6 +227,7 @@ impl Clock {
     /// may be set back, and tokio's does not count the time while the machine is suspended.
     #[must_use]
     pub fn is_too_old(&self, turn: &Turn) -> bool {
-        (self.wall)().saturating_sub(turn.began) >= MAX_AGE || turn.ends.elapsed() >= MAX_AGE
+        let began = self.length.start_of(turn.slot);
+        (self.wall)().saturating_sub(began) >= MAX_AGE || turn.ends.elapsed() >= MAX_AGE
     }
 }
