@@ -82,7 +82,7 @@ async fn products_wait_while_the_store_is_full() {
     let scratch = Scratch::new();
     let configuration = scratch.path("full.conf");
     let normal = fs::read_to_string(repository().join("nats/single.conf")).unwrap();
-    let full = normal.replace("jetstream {", "jetstream {\n max_file_store: 2KB\n");
+    let full = normal.replace("max_file_store: 100GB", "max_file_store: 2KB");
     assert_ne!(normal, full);
     fs::write(&configuration, full).unwrap();
     let broker = Broker::start_with(&scratch, &configuration).await;
