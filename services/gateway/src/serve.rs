@@ -65,10 +65,18 @@ fn fault(request: &Request<Incoming>) -> Option<&'static str> {
     let mut hosts = request.headers().get_all(HOST).iter();
     let is_right = match (hosts.next(), hosts.next()) {
         (None, _) => request.version() < Version::HTTP_11,
-        (Some(host), None) => host.is_empty() || Authority::try_from(host.as_bytes()).is_ok(),
+        (Some(host), None) => host.is_empty() || is_host(host.as_bytes()),
         (Some(_), Some(_)) => false,
     };
     (!is_right).then_some("a request has one Host header, with the name of a host")
+}
+
+/// Whether this is a host, with or without a port.
+fn is_host(text: &[u8]) -> bool {
+    Authority::try_from(text).is_ok_and(|authority| {
+        let port = authority.as_str().strip_prefix(authority.host());
+        port.is_some_and(|port| port.trim_start_matches(':').bytes().all(|b| b.is_ascii_digit()))
+    })
 }
 
 /// Serves until the gateway closes, then lets open requests finish by the deadline of its shutdown.
