@@ -156,10 +156,9 @@ impl Keys {
 
     /// Writes what only its owner may read, and the group that is set for `name`.
     fn write_secret(&self, file: &str, content: &str, name: &str) -> anyhow::Result<()> {
-        match self.groups.iter().find(|(of, _)| of == name) {
-            Some((_, gid)) => self.write(file, content, SECRET_OF_GROUP, Some(*gid)),
-            None => self.write(file, content, SECRET, None),
-        }
+        let gid = self.groups.iter().find(|(of, _)| of == name).map(|(_, gid)| *gid);
+        let mode = if gid.is_some() { SECRET_OF_GROUP } else { SECRET };
+        self.write(file, content, mode, gid)
     }
 
     /// Writes the whole file or none of it. At no moment can more users read it than `mode` says.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use contract::streams::DUPLICATE_WINDOW;
 use contract::{Draw, Message, Slot, SlotLength};
 use futures::{Stream, StreamExt};
+use runtime::connection::NOT_CONNECTED;
 use runtime::health::Health;
 use runtime::history::Entry;
 use tokio::sync::{mpsc, watch};
@@ -91,16 +92,17 @@ impl Clock {
         mut heard: impl Stream<Item = Entry> + Unpin,
         id: &str,
     ) {
-        let mut fault = None;
+        // The failure that was logged last. The connection itself logs that there is none.
+        let mut fault = NOT_CONNECTED.to_owned();
         loop {
             let pause = match world.latest().await {
                 Ok(entries) => {
                     self.learn(&entries);
-                    fault = None;
+                    NOT_CONNECTED.clone_into(&mut fault);
                     TOLERANCE / 3
                 }
                 Err(error) => {
-                    let error = Some(format!("{error:#}"));
+                    let error = format!("{error:#}");
                     if error != fault {
                         warn!(error, "cannot read TICKS; retrying, but no slot begins after 10 s");
                         fault = error;

@@ -18,12 +18,13 @@ use clap::Parser;
 use contract::streams::TICKS;
 use contract::{Draw, Parity, Slot, SlotLength, subjects};
 use futures::StreamExt;
+use runtime::connection::{self, NOT_CONNECTED};
 use runtime::health::Health;
 use runtime::history::{self, Entry, MAX_BATCH};
 use runtime::jetstream::{self, Ack};
 use runtime::micro::{self, Description};
 use runtime::settings::CommonSettings;
-use runtime::{Service, Shutdown, connection};
+use runtime::{Service, Shutdown};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
@@ -42,9 +43,7 @@ const ABOUT: Description = Description {
 /// How long to wait for an acknowledgement before publishing again.
 const ACK_TIMEOUT: Duration = Duration::from_millis(500);
 
-const NOT_CONNECTED: &str = "not connected to NATS";
-
-/// Multiplies an even and an odd number twice a second, and publishes products above 100000.
+/// Multiplies an even and an odd number twice a second, and publishes products above the threshold.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "multiplier", version)]
 pub struct Settings {

@@ -28,6 +28,9 @@ const SUBSCRIPTION_CAPACITY: usize = 8192;
 /// The longest pause between two attempts to connect.
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
 
+/// Why a client cannot do anything at this moment. The connection logs it.
+pub const NOT_CONNECTED: &str = "not connected to NATS";
+
 /// Returns the client at once. It connects in the background and retries for ever.
 ///
 /// `user` is the user of the service: its replies arrive on `_INBOX_<user>.>`, which the broker's

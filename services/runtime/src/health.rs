@@ -18,7 +18,8 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use crate::{connection, telemetry};
+use crate::connection::{self, NOT_CONNECTED};
+use crate::telemetry;
 
 /// How long `healthcheck` waits for the response.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -32,21 +33,21 @@ const CONNECTIONS: usize = 64;
 /// service sets it, and the health page shows it.
 pub type Health = watch::Sender<Option<&'static str>>;
 
-/// Listens on the address, if there is one. Connections queue until [`serve`] runs.
-pub(crate) async fn listen(address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
-    let Some(address) = address else { return Ok(None) };
-    let listener = TcpListener::bind(address).await.with_context(|| {
-        format!("cannot listen on {address}; choose another address with --health")
-    })?;
-    Ok(Some(listener))
+/// Listens on the address that a flag gives. Connections queue until they are served.
+///
+/// # Errors
+/// If the address cannot be used, for example because something listens on it.
+pub async fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+    let what = || format!("cannot listen on {address}; choose another address with {flag}");
+    TcpListener::bind(address).await.with_context(what)
 }
 
-/// Answers requests for as long as the service runs.
+/// Answers requests for as long as the service runs, if there is a listener.
 pub async fn serve(listener: Option<TcpListener>, client: Client, health: Health) {
     let Some(listener) = listener else { return std::future::pending().await };
     let answer = service_fn(async |_| {
         let is_connected = connection::is_connected(&client);
-        let fault = if is_connected { *health.borrow() } else { Some("not connected to NATS") };
+        let fault = if is_connected { *health.borrow() } else { Some(NOT_CONNECTED) };
         let (status, text) = match fault {
             None => (StatusCode::OK, "ok"),
             Some(fault) => (StatusCode::SERVICE_UNAVAILABLE, fault),
