@@ -109,30 +109,22 @@ impl Keys {
     }
 
     fn certificates(&self) -> anyhow::Result<()> {
-        let mut missing = Vec::new();
-        for server in &self.servers {
-            let certificate = self.read(&format!("{server}.pem"))?;
-            let key = self.read(&format!("{server}.key"))?;
-            if certificate.is_none() || key.is_none() {
-                missing.push(server);
-            }
-        }
+        let exists = |file: String| self.directory.join(file).exists();
+        let is_missing =
+            |server: &&_| !exists(format!("{server}.pem")) || !exists(format!("{server}.key"));
+        let missing: Vec<&String> = self.servers.iter().filter(is_missing).collect();
         let ca_pem = self.read("ca.pem")?;
         let ca_key = match (&ca_pem, self.read("ca.key")?) {
             (Some(_), _) if missing.is_empty() => return Ok(()),
             (_, Some(key)) => KeyPair::from_pem(&key).context("ca.key")?,
-            (Some(_), None) => bail!(
-                "a certificate is missing and ca.key is not there: put it back, or remove all certificates"
-            ),
-            (None, None) if missing.len() < self.servers.len() => bail!(
-                "there are certificates, and neither ca.pem nor ca.key: put these back, or remove \
-                 all certificates"
-            ),
-            (None, None) => {
+            (None, None) if missing.len() == self.servers.len() => {
                 let key = KeyPair::generate()?;
                 self.write("ca.key", &key.serialize_pem(), SECRET, None)?;
                 key
             }
+            (_, None) => bail!(
+                "a certificate is missing and ca.key is not there: put it back, or remove all certificates"
+            ),
         };
         let authority = CertifiedIssuer::self_signed(authority()?, ca_key)?;
         match ca_pem {
@@ -164,10 +156,9 @@ impl Keys {
 
     /// Writes what only its owner may read, and the group that is set for `name`.
     fn write_secret(&self, file: &str, content: &str, name: &str) -> anyhow::Result<()> {
-        match self.groups.iter().find(|(of, _)| of == name) {
-            Some((_, gid)) => self.write(file, content, SECRET_OF_GROUP, Some(*gid)),
-            None => self.write(file, content, SECRET, None),
-        }
+        let gid = self.groups.iter().find(|(of, _)| of == name).map(|(_, gid)| *gid);
+        let mode = if gid.is_some() { SECRET_OF_GROUP } else { SECRET };
+        self.write(file, content, mode, gid)
     }
 
     /// Writes the whole file or none of it. At no moment can more users read it than `mode` says.

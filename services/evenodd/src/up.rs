@@ -3,11 +3,10 @@
 pub mod child;
 mod preflight;
 
-use std::fs::File;
 use std::future::pending;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -15,12 +14,11 @@ use clap::Args;
 use runtime::settings::{NatsSettings, listen_address};
 use runtime::telemetry::{LogFormat, LogSettings};
 use runtime::{Credentials, Shutdown};
-use tokio::net::TcpStream;
 
 use crate::provision::Provision;
 use child::{Children, STOP_TIMEOUT, Spec};
 
-/// How long the broker, and then JetStream, may take to start.
+/// How long the broker and JetStream may take to start.
 const START_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// The label of this process among the labels of its children.
@@ -88,7 +86,7 @@ impl Up {
         let control = children.control.clone();
         let result = tokio::select! {
             result = self.run_children(&evenodd, broker, log, &mut children) => result,
-            () = control.gave_up.cancelled() => Ok(()),
+            () = control.failed.cancelled() => Ok(()),
             _ = shutdown.begun() => Ok(()),
         };
         tokio::spawn(async move {
@@ -120,10 +118,6 @@ impl Up {
     ) -> anyhow::Result<()> {
         // In this order, so that what is needed is stopped after those that need it.
         children.start([broker]);
-        // A client that connects before the broker listens would only complain.
-        while TcpStream::connect(("127.0.0.1", self.nats_port)).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
         let url = format!("nats://127.0.0.1:{}", self.nats_port);
         let nats = NatsSettings { nats: vec![url.parse()?], credentials: Credentials::default() };
         let provision = Provision { nats, replicas: 1, wait_ms: START_TIMEOUT };
@@ -165,18 +159,5 @@ impl Up {
     /// Where the n-th gateway listens.
     fn http(&self, n: u16) -> SocketAddr {
         SocketAddr::new(self.http.ip(), self.http.port().saturating_add(n))
-    }
-
-    fn broker(&self, nats_server: &Path, store: PathBuf, lock: File) -> Spec {
-        let mut spec = Spec::new("nats".to_owned(), nats_server);
-        let configuration = store.join(preflight::CONFIGURATION);
-        spec.command.arg("-c").arg(configuration).arg("-sd").arg(&store);
-        spec.command.args(["-p", &self.nats_port.to_string()]);
-        spec.command.args(["-m", &self.monitoring_port().to_string()]);
-        // The broker inherits the lock: if this process is killed, the directory stays locked until
-        // the broker has gone.
-        spec.command.stdin(Stdio::from(lock));
-        spec.store = Some(store);
-        spec
     }
 }

@@ -3,7 +3,7 @@
 mod draws;
 
 use std::collections::BTreeSet;
-use std::fmt::{self, Display, Formatter};
+use std::fmt::Display;
 use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -38,10 +38,6 @@ pub struct Verify {
     #[command(flatten)]
     nats: NatsSettings,
 
-    /// The most faults to print; all are counted
-    #[arg(long, env = "EVENODD_MAX_FAULTS", value_name = "N", default_value = "1000")]
-    max_faults: u64,
-
     /// The length of a slot in milliseconds; only tests have another one
     #[arg(long, env = "EVENODD_SLOT_MS", value_name = "MS", default_value = "500", hide = true)]
     slot_ms: SlotLength,
@@ -50,14 +46,18 @@ pub struct Verify {
 impl Verify {
     pub async fn run(self) -> anyhow::Result<ExitCode> {
         let client = broker::connect(&self.nats, "--nats", Duration::ZERO).await?;
-        let mut check = Check::new(self.slot_ms, self.max_faults);
+        let mut check = Check::new(self.slot_ms);
         // The draws first: by the time the history is read it has their products, or is about to.
         check_all(&client, TICKS, &mut check, Check::draw).await?;
         let last = check_all(&client, NUMBERS, &mut check, Check::message).await?;
         check.end(last);
         check.print_faults()?;
-        print(format_args!("{}{}", check.draws, check.counts))?;
-        Ok(if check.counts.faults == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        let Check { draws, messages, first, last, faults, .. } = &check;
+        let [first, last] = [first, last].map(|time| time.map_or("-".to_owned(), rfc3339));
+        print(format_args!(
+            "{draws}messages   {messages}\nfirst      {first}\nlast       {last}\nfaults     {faults}"
+        ))?;
+        Ok(if *faults == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
 
@@ -93,38 +93,41 @@ async fn check_all(
 struct Check {
     slot_length: SlotLength,
     draws: Draws,
-    counts: Counts,
+    /// How many messages the history has, and the times of the first and the last.
+    messages: u64,
+    first: Option<OffsetDateTime>,
+    last: Option<OffsetDateTime>,
     /// The sequence that the next message of the history must have.
     next_sequence: u64,
     /// The latest slots of the history. A slot leaves when no other can come before it any more.
     window: BTreeSet<Slot>,
+    faults: u64,
     /// Those that are not printed yet.
-    faults: Vec<String>,
-    max_faults: u64,
+    unprinted: Vec<String>,
 }
 
 impl Check {
-    fn new(slot_length: SlotLength, max_faults: u64) -> Self {
+    fn new(slot_length: SlotLength) -> Self {
         Self {
             slot_length,
             draws: Draws::new(slot_length),
-            counts: Counts::default(),
+            messages: 0,
+            first: None,
+            last: None,
             next_sequence: 1,
             window: BTreeSet::new(),
-            faults: Vec::new(),
-            max_faults,
+            faults: 0,
+            unprinted: Vec::new(),
         }
     }
 
     fn fault(&mut self, stream: &str, sequence: u64, what: impl Display) {
-        self.counts.faults += 1;
-        if self.counts.faults <= self.max_faults {
-            self.faults.push(format!("{stream} sequence {sequence}: {what}"));
-        }
+        self.faults += 1;
+        self.unprinted.push(format!("{stream} sequence {sequence}: {what}"));
     }
 
     fn print_faults(&mut self) -> io::Result<()> {
-        self.faults.drain(..).try_for_each(print)
+        self.unprinted.drain(..).try_for_each(print)
     }
 
     /// Checks a message of the stream of draws.
@@ -153,10 +156,10 @@ impl Check {
     }
 
     fn check_time(&mut self, entry: &Entry) -> anyhow::Result<()> {
-        self.counts.messages += 1;
-        self.counts.first.get_or_insert(entry.time);
-        let before = self.counts.last.replace(entry.time).unwrap_or(entry.time);
         let time = entry.time;
+        self.messages += 1;
+        self.first.get_or_insert(time);
+        let before = self.last.replace(time).unwrap_or(time);
         ensure!(time >= before, "its time {time} is before that of the message before, {before}");
         Ok(())
     }
@@ -212,36 +215,12 @@ fn rfc3339(time: OffsetDateTime) -> String {
     time.format(&Rfc3339).unwrap_or_default()
 }
 
-/// What was counted in the history.
-#[derive(Default)]
-struct Counts {
-    messages: u64,
-    first: Option<OffsetDateTime>,
-    last: Option<OffsetDateTime>,
-    faults: u64,
-}
-
-impl Display for Counts {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let time = |time: Option<OffsetDateTime>| time.map_or("-".to_owned(), rfc3339);
-        let (first, last) = (time(self.first), time(self.last));
-        let Self { messages, faults, .. } = *self;
-        write!(
-            f,
-            "messages   {messages}\n\
-             first      {first}\n\
-             last       {last}\n\
-             faults     {faults}"
-        )
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn check(messages: &[(u64, u64, &str)]) -> Check {
-        let mut check = Check::new(SlotLength::DEFAULT, 1000);
+        let mut check = Check::new(SlotLength::DEFAULT);
         for &(sequence, slot, payload) in messages {
             check.message(&Entry {
                 sequence,
@@ -259,7 +238,7 @@ mod tests {
     #[test]
     fn a_right_history_has_no_fault() {
         let check = check(&[(1, 1000, RIGHT), (2, 1002, RIGHT), (3, 1003, RIGHT)]);
-        assert_eq!(check.counts.faults, 0, "{:?}", check.faults);
+        assert_eq!(check.faults, 0, "{:?}", check.unprinted);
     }
 
     #[test]
@@ -284,8 +263,8 @@ mod tests {
             ),
         ] {
             let check = check(&messages);
-            assert_eq!(check.counts.faults, 1, "{:?}", check.faults);
-            assert!(check.faults[0].contains(what), "{:?}", check.faults);
+            assert_eq!(check.faults, 1, "{:?}", check.unprinted);
+            assert!(check.unprinted[0].contains(what), "{:?}", check.unprinted);
         }
     }
 
@@ -298,14 +277,14 @@ mod tests {
             message_id: None,
             payload: RIGHT.into(),
         });
-        assert_eq!(check.counts.faults, 2, "{:?}", check.faults);
-        assert!(check.faults[0].contains("before that of the message before"));
-        assert!(check.faults[1].contains("Nats-Msg-Id None is no slot"));
+        assert_eq!(check.faults, 2, "{:?}", check.unprinted);
+        assert!(check.unprinted[0].contains("before that of the message before"));
+        assert!(check.unprinted[1].contains("Nats-Msg-Id None is no slot"));
     }
 
     #[test]
     fn a_late_slot_is_no_fault() {
         let check = check(&[(1, 5000, RIGHT), (2, 5003, RIGHT), (3, 5001, RIGHT)]);
-        assert_eq!(check.counts.faults, 0, "{:?}", check.faults);
+        assert_eq!(check.faults, 0, "{:?}", check.unprinted);
     }
 }

@@ -75,13 +75,14 @@ impl Access {
     /// If one of the files cannot be used. Nothing changes then.
     pub fn read(&self) -> anyhow::Result<()> {
         let mut keys = Keys::new();
-        if let Some(file) = &self.jwt_key {
-            let what = || format!("--jwt-key {file:?} cannot be used");
-            keys.extend(read(file, public_keys).with_context(what)?);
-        }
-        if let Some(file) = &self.jwt_secret {
-            let what = || format!("--jwt-secret {file:?} cannot be used");
-            keys.extend(read(file, secrets).with_context(what)?);
+        let files: [(_, _, fn(&str) -> _); 2] = [
+            ("--jwt-key", &self.jwt_key, public_keys),
+            ("--jwt-secret", &self.jwt_secret, secrets),
+        ];
+        for (flag, file, parse) in files {
+            let Some(file) = file else { continue };
+            let what = || format!("{flag} {file:?} cannot be used");
+            keys.extend(read(file, parse).with_context(what)?);
         }
         self.keys.send_replace(keys);
         Ok(())
@@ -199,11 +200,12 @@ fn secrets(text: &str) -> anyhow::Result<Keys> {
 
 /// Whether a line begins as a public key, a token or an address does, as it is or in base64.
 fn is_public(line: &str) -> bool {
-    const BEGINNINGS: [&str; 12] =
-        ["-----", "LS0t", "{", "ew", "ey", "[", "\"", "ssh-", "c3No", "ecdsa-", "AAAA", "http"];
-    // DER: the tag of a sequence, 0x30, and the length of some kind of key or certificate.
-    let is_der = matches!(line.as_bytes(), [b'M', b'C' | b'E' | b'F' | b'H' | b'I', ..]);
-    is_der || BEGINNINGS.iter().any(|beginning| line.starts_with(beginning))
+    // The last four are DER in hexadecimal.
+    const BEGINNINGS: &str = "----- LS0t { ew ey [ \" ssh- c3No ecdsa- AAAA http \
+        3081 3082 302a3005 30593013";
+    // DER in base64: a long sequence, or a short one that begins with another sequence.
+    let is_der = matches!(line.as_bytes(), [b'M', b'I', ..] | [b'M', b'A'..=b'P', _, b'w', ..]);
+    is_der || BEGINNINGS.split(' ').any(|beginning| line.starts_with(beginning))
 }
 
 /// The keys of a JWKS (RFC 7517), or of a file with one or more public keys in PEM.
@@ -272,7 +274,10 @@ impl Key {
         let (algorithm, fits, needs) = match key.family() {
             // As long as the hash that it keys (RFC 7518, section 3.2).
             Hmac => (HS256, bytes.len() >= 32, "a secret has 32 bytes or more"),
-            Rsa => (RS256, modulus >= Some(2048), "an RSA key has 2048 bits or more"),
+            Rsa => {
+                let fits = modulus.is_some_and(|bits| (2048..=8192).contains(&bits));
+                (RS256, fits, "an RSA key has 2048 to 8192 bits")
+            }
             Ec => {
                 let fits = ParsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, bytes).is_ok();
                 (ES256, fits, "the curve must be P-256")
@@ -317,6 +322,9 @@ mod tests {
             "MIGfMA0GCSqGSIb3DQEBAQUAA4GNADCBiQKBgQC9dUx35FhbUd", // RSA of 1024 bits
             "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEdzEjj4Qm1PQ3U1", // P-256
             "MHYwEAYHKoZIzj0CAQYFK4EEACIDYgAEdzEjj4Qm1PQ3U1FvcC", // P-384
+            "MDkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDIgACYxZ1wS2XcTzBM7", // P-256, a compressed point
+            "302a300506032b657003210077ad8d40e33dc7e1258cf0c25d67", // Ed25519 in hexadecimal
+            "30820122300d06092a864886f70d01010105000382010f003082", // RSA in hexadecimal
             "MCowBQYDK2VwAyEAd62NQOM9x-EljPDCXWdiK_AIGYFlmwPPi1", // Ed25519, base64url
             "MIIDCTCCAfGgAwIBAgIUX5Zq7z0BoFJMzuq9QYl1gWc0zqUwDQ", // a certificate
             "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQ", // a private key
@@ -367,6 +375,7 @@ mod tests {
             json!({ "kty": "OKP", "crv": "P-256", "x": x }),
             json!({ "kty": "OKP", "crv": "Ed25519", "x": "AAAA" }),
             json!({ "kty": "RSA", "n": base64(&[0xab; 255]), "e": "AQAB" }),
+            json!({ "kty": "RSA", "n": base64(&[0xab; 1025]), "e": "AQAB" }),
             json!({ "kty": "RSA", "n": n, "e": "AQAB", "d": "AQAB" }),
             json!({ "kty": "RSA", "n": n, "e": "AQAB", "use": "enc" }),
             json!({ "kty": "RSA", "n": n, "e": "AQAB", "alg": "PS256" }),

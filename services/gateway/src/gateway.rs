@@ -21,7 +21,6 @@ use crate::{reader, replicas, serve};
 pub(crate) const ABOUT: Description = Description {
     name: "gateway",
     description: "serves the published numbers to HTTP clients",
-    version: env!("CARGO_PKG_VERSION"),
     subject: subjects::PUBLISHED,
     reserved: subjects::is_ours,
 };

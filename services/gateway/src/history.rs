@@ -144,7 +144,7 @@ impl History {
         for pause in BEHIND_MS {
             let read = history::read(&self.client, NUMBERS, start, limit).await;
             let entries = read.map_err(|error| {
-                Problem::unavailable(format!("the history cannot be read: {error}"))
+                Problem::unavailable(format!("the history cannot be read: {error:#}"))
             })?;
             if !entries.is_empty() {
                 return Ok(entries);

@@ -24,13 +24,11 @@ mod state;
 
 use std::net::SocketAddr;
 
-use anyhow::Context;
 use async_nats::Client;
 use clap::Parser;
-use runtime::health::Health;
+use runtime::health::{self, Health};
 use runtime::settings::{CommonSettings, listen_address};
 use runtime::{Service, Shutdown};
-use tokio::net::TcpListener;
 
 use crate::gateway::ABOUT;
 pub use crate::gateway::run;
@@ -79,9 +77,7 @@ impl Service for Settings {
 
     async fn run(self, client: Client, shutdown: Shutdown, _: Health) -> anyhow::Result<()> {
         serve::raise_file_limit(self.options.max_connections);
-        let listener = TcpListener::bind(self.http).await.with_context(|| {
-            format!("cannot listen on {}; choose another address with --http", self.http)
-        })?;
+        let listener = health::listen(self.http, "--http").await?;
         run(listener, client, self.options, shutdown).await
     }
 }

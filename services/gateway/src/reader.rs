@@ -125,13 +125,11 @@ impl Reader<'_> {
 
     /// Reads what is new. If there is nothing, asks again after each of these pauses.
     async fn look(&mut self, pauses_ms: &[u64]) -> anyhow::Result<()> {
-        let mut found = self.read_on().await?;
-        for ms in pauses_ms {
-            if found {
-                break;
-            }
+        let mut pauses_ms = pauses_ms.iter();
+        while !self.read_on().await?
+            && let Some(ms) = pauses_ms.next()
+        {
             sleep(Duration::from_millis(*ms)).await;
-            found = self.read_on().await?;
         }
         self.state.confirmed.send_replace(Instant::now());
         if !mem::take(&mut self.fault).is_empty() {

@@ -60,7 +60,6 @@ pub async fn run(client: Client, parity: Parity, shutdown: Shutdown) -> anyhow::
             Parity::Even => "random even numbers from 0 to 1000",
             Parity::Odd => "random odd numbers from 1 to 999",
         },
-        version: env!("CARGO_PKG_VERSION"),
         subject: parity.subject(),
         reserved: subjects::is_ours,
     };

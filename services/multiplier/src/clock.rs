@@ -7,6 +7,7 @@ use std::time::Duration;
 use contract::streams::DUPLICATE_WINDOW;
 use contract::{Draw, Message, Slot, SlotLength};
 use futures::{Stream, StreamExt};
+use runtime::connection::NOT_CONNECTED;
 use runtime::health::Health;
 use runtime::history::Entry;
 use tokio::sync::{mpsc, watch};
@@ -33,8 +34,6 @@ const OFFSET: Duration = Duration::from_secs(1);
 pub struct Turn {
     /// The slot.
     pub slot: Slot,
-    /// When it began, since the Unix epoch.
-    pub began: Duration,
     /// When it ends.
     pub ends: Instant,
 }
@@ -93,16 +92,17 @@ impl Clock {
         mut heard: impl Stream<Item = Entry> + Unpin,
         id: &str,
     ) {
-        let mut fault = None;
+        // The failure that was logged last. The connection itself logs that there is none.
+        let mut fault = NOT_CONNECTED.to_owned();
         loop {
             let pause = match world.latest().await {
                 Ok(entries) => {
                     self.learn(&entries);
-                    fault = None;
+                    NOT_CONNECTED.clone_into(&mut fault);
                     TOLERANCE / 3
                 }
                 Err(error) => {
-                    let error = Some(error.to_string());
+                    let error = format!("{error:#}");
                     if error != fault {
                         warn!(error, "cannot read TICKS; retrying, but no slot begins after 10 s");
                         fault = error;
@@ -140,8 +140,7 @@ impl Clock {
                 self.set_health(None);
                 let slot = first.max(self.length.slot_at(now.saturating_sub(TOLERANCE)));
                 let left = self.length.start_of(slot.next()).saturating_sub(now);
-                let began = self.length.start_of(slot);
-                return Turn { slot, began, ends: Instant::now() + left };
+                return Turn { slot, ends: Instant::now() + left };
             }
             let is_behind = wait > self.length.duration() + OFFSET;
             if self.set_health(is_behind.then_some(BEHIND)) && is_behind {
@@ -230,6 +229,7 @@ impl Clock {
     /// may be set back, and tokio's does not count the time while the machine is suspended.
     #[must_use]
     pub fn is_too_old(&self, turn: &Turn) -> bool {
-        (self.wall)().saturating_sub(turn.began) >= MAX_AGE || turn.ends.elapsed() >= MAX_AGE
+        let began = self.length.start_of(turn.slot);
+        (self.wall)().saturating_sub(began) >= MAX_AGE || turn.ends.elapsed() >= MAX_AGE
     }
 }

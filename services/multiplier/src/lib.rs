@@ -12,17 +12,19 @@ pub mod outbox;
 use std::future::ready;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use anyhow::ensure;
 use async_nats::Client;
 use clap::Parser;
 use contract::streams::TICKS;
 use contract::{Draw, Parity, Slot, SlotLength, subjects};
 use futures::StreamExt;
+use runtime::connection::{self, NOT_CONNECTED};
 use runtime::health::Health;
-use runtime::history::{self, Entry, MAX_BATCH, ReadError};
-use runtime::jetstream::{self, Ack, PublishError};
+use runtime::history::{self, Entry, MAX_BATCH};
+use runtime::jetstream::{self, Ack};
 use runtime::micro::{self, Description};
 use runtime::settings::CommonSettings;
-use runtime::{Service, Shutdown, connection};
+use runtime::{Service, Shutdown};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
@@ -34,7 +36,6 @@ use crate::outbox::{CAPACITY, Outbox, World};
 const ABOUT: Description = Description {
     name: "multiplier",
     description: "multiplies an even and an odd number twice a second",
-    version: env!("CARGO_PKG_VERSION"),
     subject: subjects::DONE,
     reserved: subjects::is_ours,
 };
@@ -42,7 +43,7 @@ const ABOUT: Description = Description {
 /// How long to wait for an acknowledgement before publishing again.
 const ACK_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Multiplies an even and an odd number twice a second, and publishes products above 100000.
+/// Multiplies an even and an odd number twice a second, and publishes products above the threshold.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "multiplier", version)]
 pub struct Settings {
@@ -122,24 +123,20 @@ impl World for Nats {
         subject: &'static str,
         slot: Slot,
         payload: Vec<u8>,
-    ) -> Result<Ack, PublishError> {
+    ) -> anyhow::Result<Ack> {
         // Without a connection the client would queue the message and send it late.
-        if !connection::is_connected(&self.client) {
-            return Err(PublishError::Failed("not connected to NATS".to_owned()));
-        }
+        ensure!(connection::is_connected(&self.client), NOT_CONNECTED);
         jetstream::publish(&self.client, subject, slot, payload.into(), ACK_TIMEOUT).await
     }
 
-    async fn latest(&self) -> Result<Vec<Entry>, ReadError> {
-        if !connection::is_connected(&self.client) {
-            return Err(ReadError::TimedOut(TICKS));
-        }
+    async fn latest(&self) -> anyhow::Result<Vec<Entry>> {
+        ensure!(connection::is_connected(&self.client), NOT_CONNECTED);
         let last = history::last(&self.client, TICKS).await?.map_or(1, |last| last.sequence);
         let from = last.saturating_sub(MAX_BATCH as u64 - 1);
         history::read(&self.client, TICKS, from, MAX_BATCH).await
     }
 
-    async fn read(&self, sequence: u64) -> Result<Option<Entry>, ReadError> {
+    async fn read(&self, sequence: u64) -> anyhow::Result<Option<Entry>> {
         Ok(history::read(&self.client, TICKS, sequence, 1).await?.into_iter().next())
     }
 }

@@ -7,12 +7,13 @@
 use std::future::Future;
 use std::time::Duration;
 
+use anyhow::bail;
 use contract::{Draw, Message, Parity, Slot, subjects};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use runtime::Shutdown;
-use runtime::history::{Entry, ReadError};
-use runtime::jetstream::{Ack, PublishError};
+use runtime::history::Entry;
+use runtime::jetstream::Ack;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 use tracing::{debug, error, info, warn};
@@ -40,26 +41,15 @@ pub trait World: Send + Sync {
         subject: &'static str,
         slot: Slot,
         payload: Vec<u8>,
-    ) -> impl Future<Output = Result<Ack, PublishError>> + Send;
+    ) -> impl Future<Output = anyhow::Result<Ack>> + Send;
 
     /// The draws that were stored last, in the order of the stream. They must include the latest
     /// slot, even if many draws from an outage were stored after it.
-    fn latest(&self) -> impl Future<Output = Result<Vec<Entry>, ReadError>> + Send;
+    fn latest(&self) -> impl Future<Output = anyhow::Result<Vec<Entry>>> + Send;
 
     /// The first stored draw with this sequence or a greater one. Returns `None` if the answering
     /// replica of the stream does not have one yet.
-    fn read(&self, sequence: u64) -> impl Future<Output = Result<Option<Entry>, ReadError>> + Send;
-}
-
-/// Why an attempt to settle a slot failed.
-#[derive(Debug, thiserror::Error)]
-enum Fault {
-    #[error(transparent)]
-    Publish(#[from] PublishError),
-    #[error(transparent)]
-    Read(#[from] ReadError),
-    #[error("the draw at sequence {0} of TICKS cannot be read yet")]
-    NotYet(u64),
+    fn read(&self, sequence: u64) -> impl Future<Output = anyhow::Result<Option<Entry>>> + Send;
 }
 
 /// Settles slots.
@@ -128,10 +118,10 @@ impl<W: World> Outbox<W> {
                 }
                 return true;
             };
-            // These faults usually pass within milliseconds.
-            let passing =
-                matches!(fault, Fault::Publish(PublishError::InProcess) | Fault::NotYet(_));
-            if (passing && pause < LAST_PAUSE) || std::mem::replace(&mut self.failing, true) {
+            let fault = format!("{fault:#}");
+            // Many faults pass within milliseconds: another replica is storing the same message, or
+            // the replica of the stream that answers is behind.
+            if pause < LAST_PAUSE || std::mem::replace(&mut self.failing, true) {
                 debug!(%slot, %fault, "not settled yet");
             } else {
                 warn!(%slot, %fault, "not settled yet; retrying for up to 9.5 minutes");
@@ -142,7 +132,7 @@ impl<W: World> Outbox<W> {
         false
     }
 
-    async fn attempt(&self, turn: &Turn, tick: &mut Tick) -> Result<(), Fault> {
+    async fn attempt(&self, turn: &Turn, tick: &mut Tick) -> anyhow::Result<()> {
         if !tick.is_stored {
             let draw = &mut tick.draw;
             // A draw without both factors must not be stored before the complete draw of another
@@ -166,12 +156,12 @@ impl<W: World> Outbox<W> {
 
     /// Replaces the draw by the one that the stream keeps at this sequence. If that is not a valid
     /// draw of the slot, the slot ends without factors. No multiplier writes such a message.
-    async fn read(&self, sequence: u64, tick: &mut Tick) -> Result<(), Fault> {
+    async fn read(&self, sequence: u64, tick: &mut Tick) -> anyhow::Result<()> {
         let slot = tick.draw.slot;
         let entry = self.world.read(sequence).await?;
         tick.reads += u32::from(entry.is_none());
         if entry.is_none() && tick.reads < MAX_READS {
-            return Err(Fault::NotYet(sequence));
+            bail!("the draw at sequence {sequence} of TICKS cannot be read yet");
         }
         let found = entry.filter(|entry| entry.sequence == sequence);
         let wrong = match found.map(|entry| Draw::decode(&entry.payload)) {

@@ -16,6 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use anyhow::{anyhow, bail};
 use contract::streams::DUPLICATE_WINDOW;
 use contract::{Draw, Message, Parity, Product, Slot, SlotLength, subjects};
 use futures::channel::mpsc::UnboundedSender;
@@ -24,8 +25,8 @@ use multiplier::outbox::{CAPACITY, Outbox, World};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use runtime::Shutdown;
-use runtime::history::{Entry, ReadError};
-use runtime::jetstream::{Ack, PublishError};
+use runtime::history::Entry;
+use runtime::jetstream::Ack;
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -241,7 +242,7 @@ impl Simulation {
         subject: &'static str,
         slot: Slot,
         payload: Vec<u8>,
-        reply: Option<oneshot::Sender<Result<Ack, PublishError>>>,
+        reply: Option<oneshot::Sender<anyhow::Result<Ack>>>,
     ) {
         let answer = |result| reply.map(|reply| reply.send(result));
         let without_id = match subject {
@@ -261,7 +262,7 @@ impl Simulation {
                 return;
             }
             if !stream.in_process.insert(slot) && !without_id {
-                answer(Err(PublishError::InProcess));
+                answer(Err(anyhow!("the stream is storing this message")));
                 return;
             }
             (stream.elections, commit)
@@ -488,7 +489,7 @@ impl Wires {
         subject: &'static str,
         slot: Slot,
         payload: Vec<u8>,
-    ) -> Result<Ack, PublishError> {
+    ) -> anyhow::Result<Ack> {
         let (reply, answer) = oneshot::channel();
         let mut reply = Some(reply);
         {
@@ -516,7 +517,6 @@ impl Wires {
                 });
             }
         }
-        let failed = || PublishError::Failed("no answer in time".to_owned());
         // A dropped sender means that the answer never arrives.
         let answer = async {
             match answer.await {
@@ -524,7 +524,7 @@ impl Wires {
                 Err(_) => std::future::pending().await,
             }
         };
-        timeout(ACK_TIMEOUT, answer).await.unwrap_or_else(|_| Err(failed()))
+        timeout(ACK_TIMEOUT, answer).await?
     }
 }
 
@@ -545,7 +545,7 @@ impl World for Wires {
         subject: &'static str,
         slot: Slot,
         payload: Vec<u8>,
-    ) -> Result<Ack, PublishError> {
+    ) -> anyhow::Result<Ack> {
         let result = self.send(subject, slot, payload.clone()).await;
         match (self.simulation.mistake, subject, &result) {
             (Mistake::OwnDraw, subjects::DRAW, Ok(ack)) => Ok(Ack { duplicate: false, ..*ack }),
@@ -567,7 +567,7 @@ impl World for Wires {
         }
     }
 
-    async fn latest(&self) -> Result<Vec<Entry>, ReadError> {
+    async fn latest(&self) -> anyhow::Result<Vec<Entry>> {
         // This read decides whether there is an answer.
         self.get(1).await?;
         Ok(match self.simulation.mistake {
@@ -576,14 +576,14 @@ impl World for Wires {
         })
     }
 
-    async fn read(&self, sequence: u64) -> Result<Option<Entry>, ReadError> {
+    async fn read(&self, sequence: u64) -> anyhow::Result<Option<Entry>> {
         self.get(sequence).await
     }
 }
 
 impl Wires {
     /// A direct get. The replica of the stream that answers may lag.
-    async fn get(&self, sequence: u64) -> Result<Option<Entry>, ReadError> {
+    async fn get(&self, sequence: u64) -> anyhow::Result<Option<Entry>> {
         self.simulation.pause(0, 3).await;
         let cut_off = self.is_cut_off();
         let (is_lost, is_behind) = {
@@ -593,7 +593,7 @@ impl Wires {
         };
         if cut_off || is_lost {
             sleep(ACK_TIMEOUT).await;
-            return Err(ReadError::TimedOut("TICKS"));
+            bail!("no answer in time");
         }
         let state = self.simulation.lock();
         let entry = state.ticks.stored.get((sequence.max(1) - 1) as usize);

@@ -28,6 +28,9 @@ const SUBSCRIPTION_CAPACITY: usize = 8192;
 /// The longest pause between two attempts to connect.
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
 
+/// Why a client cannot do anything at this moment. The connection logs it.
+pub const NOT_CONNECTED: &str = "not connected to NATS";
+
 /// Returns the client at once. It connects in the background and retries for ever.
 ///
 /// `user` is the user of the service: its replies arrive on `_INBOX_<user>.>`, which the broker's
@@ -153,17 +156,15 @@ fn log_event(event: &Event, servers: &str, told: &AtomicBool) {
         Event::ClientError(error) if !told.swap(true, Ordering::Relaxed) => {
             warn!(servers, %error, "{}", if is_refusal(error) { REFUSED } else { UNREACHABLE });
         }
-        Event::ClientError(error) => debug!(%error, "NATS connection"),
         Event::Disconnected => warn!("disconnected from NATS; reconnecting"),
         Event::ServerError(error) if is_refusal(error) => warn!(%error, "{REFUSED}"),
         Event::ServerError(error) => warn!(%error, "the NATS server reports an error"),
         Event::LameDuckMode => info!("the NATS server is shutting down; moving to another one"),
-        Event::Draining | Event::Closed => debug!(%event, "NATS connection"),
         // The client emits this event for every message that it drops.
         Event::SlowConsumer(_) if !told.swap(true, Ordering::Relaxed) => {
             warn!(%event, "messages arrive faster than they are processed; some are dropped");
         }
-        Event::SlowConsumer(_) => debug!(%event, "NATS connection"),
+        _ => debug!(%event, "NATS connection"),
     }
 }
 

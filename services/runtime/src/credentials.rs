@@ -1,8 +1,9 @@
 //! The key with which a process authenticates to the broker, and the authority whose broker
 //! certificates it trusts.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use anyhow::{Context, ensure};
 use async_nats::ConnectOptions;
 use async_nats::rustls::RootCertStore;
 use async_nats::rustls::pki_types::CertificateDer;
@@ -36,26 +37,20 @@ impl Credentials {
     }
 }
 
-fn nkey(file: &str) -> Result<KeyPair, String> {
-    let content = std::fs::read_to_string(file).map_err(|e| e.to_string())?;
-    match KeyPair::from_seed(content.trim()) {
-        Ok(key) if key.key_pair_type() == KeyPairType::User => Ok(key),
-        Ok(_) => Err("the file holds the seed of an nkey, but not of a user (SU...)".to_owned()),
-        Err(_) => Err("the file holds no seed of an nkey (SU...)".to_owned()),
-    }
+fn nkey(file: &str) -> anyhow::Result<KeyPair> {
+    let content = std::fs::read_to_string(file)?;
+    let key = KeyPair::from_seed(content.trim());
+    let key = key.ok().context("the file holds no seed of an nkey (SU...)")?;
+    let is_user = key.key_pair_type() == KeyPairType::User;
+    ensure!(is_user, "the file holds the seed of an nkey, but not of a user (SU...)");
+    Ok(key)
 }
 
-fn authority(file: &str) -> Result<PathBuf, String> {
-    let path = Path::new(file);
-    let certificates = CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|e| e.to_string())?;
+fn authority(file: &str) -> anyhow::Result<PathBuf> {
     let mut store = RootCertStore::empty();
-    for certificate in certificates {
-        store.add(certificate).map_err(|e| e.to_string())?;
+    for certificate in CertificateDer::pem_file_iter(file)? {
+        store.add(certificate?)?;
     }
-    if store.is_empty() {
-        return Err("the file holds no certificate in PEM format".to_owned());
-    }
-    Ok(path.to_owned())
+    ensure!(!store.is_empty(), "the file holds no certificate in PEM format");
+    Ok(file.into())
 }

@@ -18,7 +18,8 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use crate::{connection, telemetry};
+use crate::connection::{self, NOT_CONNECTED};
+use crate::telemetry;
 
 /// How long `healthcheck` waits for the response.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -32,21 +33,21 @@ const CONNECTIONS: usize = 64;
 /// service sets it, and the health page shows it.
 pub type Health = watch::Sender<Option<&'static str>>;
 
-/// Listens on the address, if there is one. Connections queue until [`serve`] runs.
-pub(crate) async fn listen(address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
-    let Some(address) = address else { return Ok(None) };
-    let listener = TcpListener::bind(address).await.with_context(|| {
-        format!("cannot listen on {address}; choose another address with --health")
-    })?;
-    Ok(Some(listener))
+/// Listens on the address that a flag gives. Connections queue until they are served.
+///
+/// # Errors
+/// If the address cannot be used, for example because something listens on it.
+pub async fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+    let what = || format!("cannot listen on {address}; choose another address with {flag}");
+    TcpListener::bind(address).await.with_context(what)
 }
 
-/// Answers requests for as long as the service runs.
+/// Answers requests for as long as the service runs, if there is a listener.
 pub async fn serve(listener: Option<TcpListener>, client: Client, health: Health) {
     let Some(listener) = listener else { return std::future::pending().await };
     let answer = service_fn(async |_| {
         let is_connected = connection::is_connected(&client);
-        let fault = if is_connected { *health.borrow() } else { Some("not connected to NATS") };
+        let fault = if is_connected { *health.borrow() } else { Some(NOT_CONNECTED) };
         let (status, text) = match fault {
             None => (StatusCode::OK, "ok"),
             Some(fault) => (StatusCode::SERVICE_UNAVAILABLE, fault),
@@ -54,7 +55,7 @@ pub async fn serve(listener: Option<TcpListener>, client: Client, health: Health
         Response::builder().status(status).body(format!("{text}\n"))
     });
     let mut builder = http1::Builder::new();
-    builder.keep_alive(false).timer(TokioTimer::new());
+    builder.keep_alive(false).half_close(true).timer(TokioTimer::new());
     let connections = unfold((), async |()| Some((listener.accept().await, ())));
     let answer = async |accepted| match accepted {
         Ok((stream, _)) => {
@@ -67,19 +68,15 @@ pub async fn serve(listener: Option<TcpListener>, client: Client, health: Health
     connections.for_each_concurrent(CONNECTIONS, answer).await;
 }
 
-/// Runs `healthcheck`: prints the response, and returns status 0 if it was a 200 and 1 otherwise.
+/// Runs `healthcheck`: prints the response, which `docker inspect` shows, and returns status 0 if it
+/// was a 200 and 1 otherwise.
 pub(crate) fn check(page: Option<(SocketAddr, &'static str)>) -> ExitCode {
-    let answer = page.context("there is no health page to request: set --health").and_then(ask);
-    let (status, text) = match answer {
-        Ok(text) => (ExitCode::SUCCESS, text),
-        Err(error) => (ExitCode::FAILURE, format!("{error:#}")),
+    let page = page.context("there is no health page to request: set --health");
+    let Err(error) = page.and_then(ask).and_then(|text| Ok(telemetry::print(text)?)) else {
+        return ExitCode::SUCCESS;
     };
-    // `docker inspect` shows this output.
-    if let Err(error) = telemetry::print(text) {
-        let _ = writeln!(std::io::stderr(), "error: {error}");
-        return ExitCode::FAILURE;
-    }
-    status
+    let _ = writeln!(std::io::stderr(), "{error:#}");
+    ExitCode::FAILURE
 }
 
 /// Requests a page, and returns its body if the status is 200. The body of any other response

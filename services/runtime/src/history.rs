@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use async_nats::header::{HeaderMap, NATS_MESSAGE_ID, NATS_SEQUENCE, NATS_TIME_STAMP};
+use anyhow::{Context, Result, bail};
+use async_nats::header::{HeaderMap, HeaderName, NATS_MESSAGE_ID, NATS_SEQUENCE, NATS_TIME_STAMP};
 use async_nats::{Client, Message};
 use bytes::Bytes;
 use futures::StreamExt;
@@ -14,6 +15,7 @@ use tokio::time::timeout;
 
 use crate::connection;
 use crate::hedge::hedged;
+use crate::jetstream::NO_STREAM;
 
 /// The most messages that one read may request.
 pub const MAX_BATCH: usize = 1000;
@@ -45,20 +47,6 @@ pub struct Entry {
     pub payload: Bytes,
 }
 
-/// Why a read failed. The caller may retry.
-#[derive(Debug, thiserror::Error)]
-pub enum ReadError {
-    /// No replica answered in time.
-    #[error("stream {0}: no answer in time")]
-    TimedOut(&'static str),
-    /// No server answers for the stream: it does not exist, or `JetStream` is not up.
-    #[error("stream {0} is not there: is JetStream up, and did `evenodd provision` run?")]
-    NoStream(&'static str),
-    /// The answer is not a valid answer to a direct get.
-    #[error("stream {0}: {1}")]
-    Unexpected(&'static str, String),
-}
-
 /// Where a read begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
@@ -78,13 +66,14 @@ impl From<u64> for Start {
 /// none, if the stream has no more, or if the answering replica lags behind.
 ///
 /// # Errors
-/// [`ReadError::TimedOut`] after five requests without an answer. Any other [`ReadError`] at once.
+/// After five requests without an answer in time. At once if the stream is not there, or if the
+/// answer is an error. The caller may retry.
 pub async fn read(
     client: &Client,
     stream: &'static str,
     start: impl Into<Start>,
     limit: usize,
-) -> Result<Vec<Entry>, ReadError> {
+) -> Result<Vec<Entry>> {
     let mut request = json!({ "batch": limit.clamp(1, MAX_BATCH) });
     match start.into() {
         Start::Sequence(sequence) => request["seq"] = sequence.max(1).into(),
@@ -105,7 +94,7 @@ pub async fn read(
 ///
 /// # Errors
 /// As [`read`].
-pub async fn last(client: &Client, stream: &'static str) -> Result<Option<Entry>, ReadError> {
+pub async fn last(client: &Client, stream: &'static str) -> Result<Option<Entry>> {
     let entries = ask(client, stream, json!({ "last_by_subj": ">" })).await?;
     Ok(entries.into_iter().next())
 }
@@ -114,53 +103,47 @@ async fn ask(
     client: &Client,
     stream: &'static str,
     request: serde_json::Value,
-) -> Result<Vec<Entry>, ReadError> {
+) -> Result<Vec<Entry>> {
     // Without a batch size the answer is one message, and no end marker follows it.
     let single = request.get("batch").is_none();
     let payload = Bytes::from(request.to_string());
     let read = hedged(HEDGE, TRIES, async || {
-        match ask_once(client, stream, payload.clone(), single).await {
-            Err(ReadError::TimedOut(_)) => None,
-            result => Some(result),
-        }
+        ask_once(client, stream, payload.clone(), single).await.transpose()
     });
-    read.await.unwrap_or(Err(ReadError::TimedOut(stream)))
+    let read = read.await.unwrap_or_else(|| bail!("no answer in time"));
+    read.with_context(|| format!("stream {stream}"))
 }
 
+/// Returns `None` if there is no answer in time.
 async fn ask_once(
     client: &Client,
     stream: &'static str,
     request: Bytes,
     single: bool,
-) -> Result<Vec<Entry>, ReadError> {
-    let unexpected = |what: String| ReadError::Unexpected(stream, what);
-    let timed_out = |_| ReadError::TimedOut(stream);
+) -> Result<Option<Vec<Entry>>> {
     let open = async {
         let inbox = connection::inbox(client);
         let answers = client.subscribe(inbox.clone()).await?;
         let subject = format!("$JS.API.DIRECT.GET.{stream}");
         client.publish_with_reply(subject, inbox, request).await?;
-        Ok::<_, async_nats::Error>(answers)
+        anyhow::Ok(answers)
     };
-    let open = timeout(PATIENCE, open).await.map_err(timed_out)?;
-    let mut answers = open.map_err(|error| unexpected(error.to_string()))?;
+    let Ok(open) = timeout(PATIENCE, open).await else { return Ok(None) };
+    let mut answers = open?;
     let mut entries = Vec::new();
     loop {
-        let message = timeout(PATIENCE, answers.next()).await.map_err(timed_out)?;
-        let message = message.ok_or_else(|| unexpected("the connection was closed".to_owned()))?;
+        let Ok(message) = timeout(PATIENCE, answers.next()).await else { return Ok(None) };
+        let message = message.context("the connection was closed")?;
         match message.status.map(|status| status.as_u16()) {
             // A stored message can have a status too, because its publisher chose the headers.
-            _ if is_stored(&message) => entries.push(message.try_into().map_err(unexpected)?),
-            None => return Err(unexpected(format!("the answer has no header {NATS_SEQUENCE}"))),
-            Some(END_OF_BATCH | NOT_FOUND) => return Ok(entries),
-            Some(NO_RESPONDERS) => return Err(ReadError::NoStream(stream)),
-            Some(status) => {
-                let description = message.description.unwrap_or_default();
-                return Err(unexpected(format!("{status} {description}")));
-            }
+            _ if is_stored(&message) => entries.push(message.try_into()?),
+            None => bail!("the answer has no header {NATS_SEQUENCE}"),
+            Some(END_OF_BATCH | NOT_FOUND) => return Ok(Some(entries)),
+            Some(NO_RESPONDERS) => bail!("no responders: {NO_STREAM}"),
+            Some(status) => bail!("{status} {}", message.description.unwrap_or_default()),
         }
         if single {
-            return Ok(entries);
+            return Ok(Some(entries));
         }
     }
 }
@@ -171,14 +154,14 @@ fn is_stored(message: &Message) -> bool {
 
 /// A message with the headers of a direct get (ADR-31), or of a republished one (ADR-28).
 impl TryFrom<Message> for Entry {
-    type Error = String;
+    type Error = anyhow::Error;
 
-    fn try_from(message: Message) -> Result<Self, String> {
+    fn try_from(message: Message) -> Result<Self> {
         let headers = message.headers.unwrap_or_default();
-        let sequence = header(&headers, NATS_SEQUENCE)?;
-        let sequence = sequence.parse().map_err(|e| format!("{NATS_SEQUENCE}: {e}"))?;
-        let time = OffsetDateTime::parse(header(&headers, NATS_TIME_STAMP)?, &Rfc3339)
-            .map_err(|e| format!("{NATS_TIME_STAMP}: {e}"))?;
+        let sequence = header(&headers, &NATS_SEQUENCE)?;
+        let sequence = sequence.parse().context("header Nats-Sequence")?;
+        let time = OffsetDateTime::parse(header(&headers, &NATS_TIME_STAMP)?, &Rfc3339)
+            .context("header Nats-Time-Stamp")?;
         let message_id = headers.get(NATS_MESSAGE_ID).map(ToString::to_string);
         Ok(Self { sequence, time, message_id, payload: message.payload })
     }
@@ -194,9 +177,7 @@ impl Entry {
 
 /// The last value of a header. The server adds its headers after those of the publisher, which may
 /// have the same names.
-fn header(headers: &HeaderMap, name: async_nats::HeaderName) -> Result<&str, String> {
-    headers
-        .get_last(name.clone())
-        .map(async_nats::HeaderValue::as_str)
-        .ok_or_else(|| format!("no header {name}"))
+fn header<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<&'a str> {
+    let value = headers.get_last(name.clone()).with_context(|| format!("no header {name}"))?;
+    Ok(value.as_str())
 }

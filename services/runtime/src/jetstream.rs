@@ -7,6 +7,7 @@
 use std::fmt::Display;
 use std::time::Duration;
 
+use anyhow::{Context, anyhow, bail};
 use async_nats::Client;
 use async_nats::client::{Request, RequestErrorKind};
 use async_nats::header::{HeaderMap, NATS_MESSAGE_ID};
@@ -19,9 +20,7 @@ use serde::de::DeserializeOwned;
 
 use crate::connection;
 
-/// The server is storing a message with the same id at this moment. Only replicated streams report
-/// this.
-const ERROR_IN_PROCESS: u64 = 10158;
+pub(crate) const NO_STREAM: &str = "is JetStream up, and did `evenodd provision` run?";
 
 /// A stream's acknowledgement of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,39 +31,26 @@ pub struct Ack {
     pub duplicate: bool,
 }
 
-/// Why there is no acknowledgement. The stream may have stored the message anyway. A retry with the
-/// same id is harmless.
-#[derive(Debug, thiserror::Error)]
-pub enum PublishError {
-    /// A message with this id is being stored at this moment. A retry will tell the outcome.
-    #[error("a message with this id is being stored at this moment")]
-    InProcess,
-    /// Any other error, as text: no answer in time, no stream, or a refusal.
-    #[error("{0}")]
-    Failed(String),
-}
-
 /// Publishes to the stream of a subject, with a message id (`Nats-Msg-Id`, NATS ADR-4), and waits
 /// for the acknowledgement.
 ///
 /// # Errors
-/// [`PublishError`] if there is no acknowledgement.
+/// If there is no acknowledgement: no answer in time, no stream, or a refusal. A replicated stream
+/// refuses while it is storing a message with this id. The stream may have stored the message
+/// anyway; a retry with the same id is harmless.
 pub async fn publish(
     client: &Client,
     subject: &'static str,
     id: impl Display,
     payload: Bytes,
     timeout: Duration,
-) -> Result<Ack, PublishError> {
+) -> anyhow::Result<Ack> {
     let mut headers = HeaderMap::new();
     headers.insert(NATS_MESSAGE_ID, id.to_string());
     let request = connection::request(client).headers(headers).payload(payload);
-    match answer(client, subject, request, timeout).await.map_err(PublishError::Failed)? {
+    match answer(client, subject, request, timeout).await? {
         Response::Ok(PublishAck { sequence, duplicate, .. }) => Ok(Ack { sequence, duplicate }),
-        Response::Err { error } if error.error_code().0 == ERROR_IN_PROCESS => {
-            Err(PublishError::InProcess)
-        }
-        Response::Err { error } => Err(PublishError::Failed(format!("refused: {error}"))),
+        Response::Err { error } => bail!("refused: {error}"),
     }
 }
 
@@ -95,13 +81,13 @@ pub async fn api<T: DeserializeOwned>(
 ) -> anyhow::Result<T> {
     let subject = format!("$JS.API.{verb}.{stream}");
     let request = connection::request(client).payload(payload);
-    match answer(client, &subject, request, timeout).await {
-        Ok(Response::Ok(answer)) => Ok(answer),
-        Ok(Response::Err { error }) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {
-            anyhow::bail!(NoStream(stream.to_owned()))
+    let answer = answer(client, &subject, request, timeout).await;
+    match answer.with_context(|| format!("stream {stream}"))? {
+        Response::Ok(answer) => Ok(answer),
+        Response::Err { error } if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {
+            bail!(NoStream(stream.to_owned()))
         }
-        Ok(Response::Err { error }) => anyhow::bail!("stream {stream}: {error}"),
-        Err(error) => anyhow::bail!("stream {stream}: {error}"),
+        Response::Err { error } => bail!("stream {stream}: {error}"),
     }
 }
 
@@ -110,17 +96,15 @@ async fn answer<T: DeserializeOwned>(
     subject: &str,
     request: Request,
     timeout: Duration,
-) -> Result<Response<T>, String> {
+) -> anyhow::Result<Response<T>> {
     // The timeout covers the time until the connection takes the request, as well as the answer.
     let answer = tokio::time::timeout(timeout, client.send_request(subject.to_owned(), request))
         .await
-        .map_err(|_| format!("no answer within {} ms", timeout.as_millis()))?
-        .map_err(|e| match e.kind() {
-            RequestErrorKind::NoResponders => {
-                "no responders: is JetStream up, and did `evenodd provision` run?".to_owned()
-            }
-            _ => e.to_string(),
+        .map_err(|_| anyhow!("no answer within {} ms", timeout.as_millis()))?
+        .map_err(|error| match error.kind() {
+            RequestErrorKind::NoResponders => anyhow!("no responders: {NO_STREAM}"),
+            _ => error.into(),
         })?;
     serde_json::from_slice(&answer.payload)
-        .map_err(|e| format!("the answer is not a valid JetStream answer: {e}"))
+        .map_err(|error| anyhow!("the answer is not a valid JetStream answer: {error}"))
 }

@@ -22,8 +22,6 @@ pub struct Description {
     pub name: &'static str,
     /// A short description.
     pub description: &'static str,
-    /// The semantic version of the service.
-    pub version: &'static str,
     /// The subject of the statistics: the one on which the service answers requests, or else the
     /// one that it writes or reads.
     pub subject: &'static str,
@@ -109,7 +107,8 @@ fn answer(
         "type": format!("io.nats.micro.v1.{verb}_response"),
         "name": about.name,
         "id": id,
-        "version": about.version,
+        // That of the workspace, which all services share.
+        "version": env!("CARGO_PKG_VERSION"),
         "metadata": {},
     });
     let mut endpoint = json!({

@@ -10,6 +10,7 @@ use std::time::Duration;
 use async_nats::Client;
 use clap::error::ErrorKind;
 use clap::{Command, Parser};
+use futures::future::OptionFuture;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -158,7 +159,8 @@ pub fn main<S: Service>() -> ExitCode {
 async fn run<S: Service>(service: S) -> anyhow::Result<()> {
     let CommonSettings { nats, drain_ms, health, .. } = service.common().clone();
     let shutdown = Shutdown::on_signal(drain_ms)?;
-    let page = health::listen(health).await?;
+    let page = health.map(|address| health::listen(address, "--health"));
+    let page = OptionFuture::from(page).await.transpose()?;
     let client = connection::connect(&nats, service.name()).await?;
     let health = Health::default();
     let too_late = async { sleep_until(shutdown.begun().await + OVERTIME).await };

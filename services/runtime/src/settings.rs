@@ -5,6 +5,7 @@
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
+use anyhow::ensure;
 use async_nats::ServerAddr;
 use clap::builder::{Resettable, ValueParser};
 use clap::{Arg, Args, Command};
@@ -17,7 +18,7 @@ use crate::telemetry::LogSettings;
 /// `evenodd up` hands its environment on.
 const VARIABLES: &str = "DATA DRAIN_MS EVEN GATEWAYS GROUPS HEADER_BYTES HEADER_MS HEALTH \
     HISTORY_READS HTTP JWT_AUDIENCE JWT_ISSUER JWT_KEY JWT_SECRET KEYS LINGER_MS LOG LOG_FORMAT \
-    MAX_CONNECTIONS MAX_EVENT_STREAMS MAX_EXPORTS MAX_FAULTS MULTIPLIERS NATS NATS_PORT \
+    MAX_CONNECTIONS MAX_EVENT_STREAMS MAX_EXPORTS MULTIPLIERS NATS NATS_PORT \
     NATS_SERVER NKEY ODD PARITY PUBLISH REPLICAS REQUEST_MS SEED SERVERS SLOT_MS TEST_PATIENCE TLS_CA \
     WAIT_MS";
 const PREFIX: &str = "EVENODD_";
@@ -66,11 +67,10 @@ pub struct NatsSettings {
 ///
 /// # Errors
 /// If the text is not an address.
-pub fn server(text: &str) -> Result<ServerAddr, String> {
-    if text.trim().is_empty() {
-        return Err("the address is empty; give one such as nats://host:4222".to_owned());
-    }
-    text.parse().map_err(|e| format!("{e}"))
+pub fn server(text: &str) -> anyhow::Result<ServerAddr> {
+    // The client takes an empty text for an address.
+    ensure!(!text.trim().is_empty(), "the address is empty; give one such as nats://host:4222");
+    Ok(text.parse()?)
 }
 
 /// Parses where to listen: an address or a host name, and a port. A name is resolved now, and only
@@ -142,9 +142,14 @@ mod tests {
 
     #[test]
     fn errors_name_the_wrong_setting() {
-        for (flag, value) in
-            [("--drain-ms", "1"), ("--log", "a=b=c"), ("--log-format", "xml"), ("--nats", ":")]
-        {
+        for (flag, value) in [
+            ("--drain-ms", "1"),
+            ("--log", "a=b=c"),
+            ("--log-format", "xml"),
+            ("--nats", ":"),
+            ("--nats", ""),
+            ("--nats", "nats://a, "),
+        ] {
             let error = Settings::try_parse_from(["x", flag, value]).unwrap_err();
             assert!(error.to_string().contains(flag), "{error}");
             assert_eq!(error.exit_code(), 2);

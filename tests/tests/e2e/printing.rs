@@ -17,6 +17,10 @@ async fn a_closed_or_full_standard_output_is_one_line_and_status_1() {
     let scratch = Scratch::new();
     let broker = Broker::start(&scratch).await;
     let nats = broker.url();
+    let health = format!("{}.1:18081", tests::network());
+    let args = ["--parity", "even", "--nats", &nats, "--health", &health];
+    let mut generator = Process::start(&scratch, "generator", &args);
+    generator.wait_for("connected to NATS").await;
     fs::write(scratch.path("key"), "0123456789abcdef0123456789abcdef").unwrap();
     let path = |name: &str| scratch.path(name).to_str().unwrap().to_owned();
     let (key, keys) = (path("key"), path("keys"));
@@ -25,7 +29,7 @@ async fn a_closed_or_full_standard_output_is_one_line_and_status_1() {
         format!("./evenodd keys --directory {keys}"),
         format!("./evenodd provision --nats {nats}"),
         format!("./evenodd verify --nats {nats}"),
-        "./generator --parity even healthcheck".to_owned(),
+        format!("./generator --parity even --health {health} healthcheck"),
     ] {
         // A subshell that has ended is a closed pipe.
         let closed = format!("( sleep 0.2; {command}; echo $? >&2 ) | true");

@@ -1,6 +1,7 @@
 //! The start and the end of processes.
 
-use std::net::{TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use contract::streams::TICKS;
@@ -187,6 +188,13 @@ async fn the_health_page_answers_beside_idle_connections() {
     let args = ["--parity", "odd", "--nats", &broker.url(), "--health", &health];
     let mut generator = Process::start(&scratch, "generator", &args);
     generator.wait_for("connected to NATS").await;
+    // A client may shut down its side after the request.
+    let mut half_closed = TcpStream::connect(&health).unwrap();
+    half_closed.write_all(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    half_closed.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    half_closed.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     for idle in [2, 100] {
         let open: Vec<_> = (0..idle).map(|_| TcpStream::connect(&health).unwrap()).collect();
         let mut check =

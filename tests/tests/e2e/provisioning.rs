@@ -153,7 +153,7 @@ async fn provision_says_what_it_waits_for() {
     let guarded = Broker::start_with(&scratch, &configuration).await;
     for (nats, reason) in [
         (plain.url(), "is JetStream up"),
-        (guarded.url(), "the NATS server refuses access"),
+        (guarded.url(), "authorization violation"),
         ("nats://127.0.0.1:9".to_owned(), "is the broker running"),
     ] {
         let args = ["provision", "--nats", &nats, "--wait-ms", "600000"];

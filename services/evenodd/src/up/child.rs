@@ -26,9 +26,10 @@ use tracing::warn;
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(8);
 /// The least time between two starts of a child: one that dies after that is started again at once.
 const RESTART_INTERVAL: Duration = Duration::from_secs(1);
-/// The same for a broker with a write error, after several of them.
-const MAX_RESTART_INTERVAL: Duration = Duration::from_mins(1);
-/// How often in a row a broker may end with status 1, which it does if it cannot start.
+/// The same for a broker with a write error.
+const WRITE_ERROR_INTERVAL: Duration = Duration::from_secs(5);
+/// A broker that ends with status 1 sooner than this cannot start; how often in a row it may do so.
+const START_TIME: Duration = Duration::from_secs(60);
 const MAX_FAILED_STARTS: u32 = 3;
 /// How many of its last lines are repeated if a child fails.
 const LAST_LINES: usize = 5;
@@ -40,8 +41,6 @@ pub struct Spec {
     pub command: Command,
     /// Of the broker: of its output only warnings and errors are shown, and its status 2 is a crash.
     pub store: Option<PathBuf>,
-    /// How long it runs at least before it is started again because of a write error.
-    interval: Duration,
     /// The latest one first.
     last_lines: Vec<String>,
 }
@@ -68,7 +67,7 @@ impl Spec {
             // If `up` itself is killed, its children stop too, and leave the store clean.
             command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?));
         }
-        Self { label, command, store: None, interval: RESTART_INTERVAL, last_lines: Vec::new() }
+        Self { label, command, store: None, last_lines: Vec::new() }
     }
 }
 
@@ -76,8 +75,8 @@ impl Spec {
 #[derive(Clone, Default)]
 pub struct Control {
     pub log_format: LogFormat,
-    /// Cancelled when a child is not started again, because it would always fail.
-    pub gave_up: CancellationToken,
+    /// Cancelled when a child is not started again.
+    pub failed: CancellationToken,
     /// Cancelled when the children of a stage are to stop, and when there is no time left for that.
     stop: CancellationToken,
     pub kill: CancellationToken,
@@ -123,9 +122,11 @@ async fn keep_running(mut spec: Spec, control: Control) -> Option<Failure> {
         let started = Instant::now();
         let result = run(&mut spec, &control).await;
         let code = result.as_ref().ok().and_then(ExitStatus::code);
-        failed_starts = if code == Some(1) { failed_starts + 1 } else { 0 };
+        let is_failed_start = code == Some(1) && started.elapsed() < START_TIME;
+        failed_starts = if is_failed_start { failed_starts + 1 } else { 0 };
         let label = &spec.label;
         let fail = |status, what: String| {
+            control.failed.cancel();
             let lines =
                 spec.last_lines.iter().rev().map(|line| format!("\n{}", labelled(label, line)));
             Some((status, what + &lines.collect::<String>()))
@@ -138,11 +139,9 @@ async fn keep_running(mut spec: Spec, control: Control) -> Option<Failure> {
             }
             // The service has said what is wrong, and would say the same for ever.
             (Ok(_), None) if code == Some(2) => {
-                control.gave_up.cancel();
                 return fail(2, format!("{label} refuses its settings"));
             }
             (Ok(_), Some(store)) if failed_starts == MAX_FAILED_STARTS => {
-                control.gave_up.cancel();
                 return fail(1, format!("{label} cannot start; its store is {}", store.display()));
             }
             (Ok(status), _) => warn!(label, "ended with {status}; starting it again"),
@@ -156,16 +155,17 @@ async fn keep_running(mut spec: Spec, control: Control) -> Option<Failure> {
 /// Runs a child until it ends by itself or has been stopped.
 ///
 /// A broker with a write error refuses every publication from then on, even if the disk has space
-/// again. So it is stopped, but not sooner after its start than `interval`, which grows.
+/// again. So it is stopped, but not sooner than [`WRITE_ERROR_INTERVAL`] after its start.
 async fn run(spec: &mut Spec, control: &Control) -> io::Result<ExitStatus> {
-    let Spec { label, command, store, interval, last_lines } = spec;
+    let Spec { label, command, store, last_lines } = spec;
     last_lines.clear();
     let mut child = command.spawn()?;
     let stderr = child.stderr.take().ok_or(io::ErrorKind::BrokenPipe)?;
     let write_error = Notify::new();
     let output = async {
-        let mut lines = BufReader::new(stderr).lines();
-        while let Ok(Some(line)) = lines.next_line().await {
+        let mut lines = BufReader::new(stderr).split(b'\n');
+        while let Ok(Some(line)) = lines.next_segment().await {
+            let line = String::from_utf8_lossy(&line).into_owned();
             if line.is_empty() || store.is_some() && line.contains("[INF]") {
                 continue;
             }
@@ -178,7 +178,7 @@ async fn run(spec: &mut Spec, control: &Control) -> io::Result<ExitStatus> {
             last_lines.insert(0, line);
         }
     };
-    let earliest = Instant::now() + *interval;
+    let earliest = Instant::now() + WRITE_ERROR_INTERVAL;
     let restart = async {
         write_error.notified().await;
         sleep_until(earliest).await;
@@ -189,7 +189,6 @@ async fn run(spec: &mut Spec, control: &Control) -> io::Result<ExitStatus> {
             () = control.stop.cancelled() => {}
             () = restart => {
                 warn!(label, "cannot write to its store; restarting it");
-                *interval = MAX_RESTART_INTERVAL.min(*interval * 2);
             }
         }
         stop(&mut child, label, control).await

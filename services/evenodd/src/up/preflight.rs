@@ -1,8 +1,9 @@
 //! What `up` needs before it starts anything. Every fault is reported, not only the first.
 
 use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use anyhow::{Context, bail, ensure};
 use tokio::process::Command;
@@ -14,7 +15,7 @@ use super::{NATS_SERVER, Up};
 const NATS_CONFIGURATION: &str = include_str!("../../../../nats/single.conf");
 
 /// The files of `up` in the data directory.
-pub const CONFIGURATION: &str = "nats-server.conf";
+const CONFIGURATION: &str = "nats-server.conf";
 const LOCK: &str = "lock";
 
 /// The oldest nats-server that is accepted; the same as in nats/install.
@@ -39,13 +40,24 @@ pub async fn check(up: &Up, evenodd: &Path) -> anyhow::Result<Spec> {
         .map(|port| (([127, 0, 0, 1], port).into(), "--nats-port"));
     // Held until all are checked, so that a port that is wanted twice is found as well.
     let addresses = gateways.chain(broker);
-    let _listeners: Vec<_> =
-        addresses.map(|(address, flag)| note(&mut faults, listen(address, flag))).collect();
+    let listen = |(address, flag)| {
+        let what = || format!("cannot listen on {address}; choose another with {flag}");
+        note(&mut faults, TcpListener::bind(address).with_context(what))
+    };
+    let _listeners: Vec<_> = addresses.map(listen).collect();
     let nats_server = note(&mut faults, nats_server(&up.nats_server, evenodd).await);
     let store = note(&mut faults, open_store(&up.data));
     match (nats_server, store) {
         (Some(nats_server), Some((store, lock))) if faults.is_empty() => {
-            Ok(up.broker(&nats_server, store, lock))
+            let mut spec = Spec::new("nats".to_owned(), &nats_server);
+            spec.command.arg("-c").arg(store.join(CONFIGURATION)).arg("-sd").arg(&store);
+            spec.command.args(["-p", &up.nats_port.to_string()]);
+            spec.command.args(["-m", &up.monitoring_port().to_string()]);
+            // The broker inherits the lock: if this process is killed, the directory stays locked
+            // until the broker has gone.
+            spec.command.stdin(Stdio::from(lock));
+            spec.store = Some(store);
+            Ok(spec)
         }
         (_, store) => {
             // Without the lock, another `up` uses it.
@@ -61,24 +73,20 @@ fn note<T>(faults: &mut Vec<String>, result: anyhow::Result<T>) -> Option<T> {
     result.map_err(|fault| faults.push(format!("{fault:#}"))).ok()
 }
 
-fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address)
-        .with_context(|| format!("cannot listen on {address}; choose another with {flag}"))
-}
-
 /// The nats-server that is named or on PATH, or the one that `nats/install` has put beside this
 /// program's sources.
 async fn nats_server(named: &Path, evenodd: &Path) -> anyhow::Result<PathBuf> {
     let chosen = is_new_enough(named.to_owned()).await;
-    if chosen.is_ok() || named != Path::new(NATS_SERVER) {
-        return chosen;
-    }
     // This program is target/release/evenodd.
-    let installed =
-        evenodd.ancestors().nth(3).map(|sources| fs::read_dir(sources.join("nats/bin")));
-    for file in installed.into_iter().flatten().flatten().flatten() {
-        if let Ok(found) = is_new_enough(file.path()).await {
-            return Ok(found);
+    if chosen.is_err()
+        && named == Path::new(NATS_SERVER)
+        && let Some(sources) = evenodd.ancestors().nth(3)
+        && let Ok(installed) = fs::read_dir(sources.join("nats/bin"))
+    {
+        for file in installed.flatten() {
+            if let Ok(found) = is_new_enough(file.path()).await {
+                return Ok(found);
+            }
         }
     }
     chosen
