@@ -176,7 +176,7 @@ async fn every_kind_of_key_is_accepted() {
         ("--jwt-key", "secret", "give a secret with --jwt-secret"),
         ("--jwt-key", &*file(scratch, "none", r#"{"keys":[]}"#), "none of its keys"),
         ("--jwt-key", &*file(scratch, "json", "{"), "no JWKS"),
-        ("--jwt-key", &*file(scratch, "weak", &weak.to_string()), "2048 bits or more"),
+        ("--jwt-key", &*file(scratch, "weak", &weak.to_string()), "2048 to 8192 bits"),
         ("--jwt-key", "", "not a regular file"),
         ("--jwt-key", &*file(scratch, "pem", "-----BEGIN PUBLIC KEY-----\nx\n"), "no public key"),
         ("--jwt-secret", "absent", "No such file"),
