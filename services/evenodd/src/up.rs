@@ -18,8 +18,9 @@ use runtime::{Credentials, Shutdown};
 use crate::provision::Provision;
 use child::{Children, STOP_TIMEOUT, Spec};
 
-/// How long the broker and JetStream may take to start.
-const START_TIMEOUT: Duration = Duration::from_mins(2);
+/// How long the broker and JetStream may take to start. After a SIGKILL the broker reads the whole
+/// history before it listens: 7 to 10 s for 40 million messages.
+const START_TIMEOUT: Duration = Duration::from_mins(10);
 
 /// The label of this process among the labels of its children.
 pub const LABEL: &str = "evenodd";
