@@ -79,7 +79,7 @@ impl Shutdown {
     pub fn on_signal(drain: Duration) -> std::io::Result<Self> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
-        // Who has listened for a signal once no longer ends at it.
+        // A process that has listened for a signal once is no longer ended by it.
         let _ = signal(SignalKind::hangup())?;
         let shutdown = Self::new(drain);
         let begin = shutdown.clone();
